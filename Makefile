@@ -1,0 +1,142 @@
+# `make` alone prints what there is. Works with GNU make 3.81 and later.
+
+# cpu or cuda, never both in one .venv (pyproject.toml says why).
+EXTRA ?= cpu
+# The Python that .venv is made from: the first of these two that runs.
+PYTHON ?= $(shell for p in python3.11 python3; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
+# Extra words for pytest, e.g. PYTEST_ARGS="-k params -x".
+PYTEST_ARGS ?=
+# `make lock UPGRADE=1` moves every pin to the newest allowed version.
+UPGRADE ?=
+
+BIN := .venv/bin
+STAMP := .venv/.setup-$(EXTRA)
+BENCH_STAMP := .venv/.setup-bench
+LOCKS := requirements/$(EXTRA).txt requirements/azure.txt requirements/dev.txt
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# No tool that a recipe starts reports home.
+export DVC_NO_ANALYTICS := 1
+export ITERATIVE_DO_NOT_TRACK := 1
+export OLIVE_DISABLE_TELEMETRY := 1
+export ORT_DISABLE_TELEMETRY := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test test-azure azurite azurite-stop bench lint lock clean check-extra
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  (EXTRA=cuda for a Linux machine with an NVIDIA GPU; PYTHON=... to choose the Python)"
+
+setup: check-extra $(STAMP) ## make .venv and install the locked packages (free the second time)
+
+# Stops before anything is installed over the other runtime's files.
+check-extra:
+	@case "$(EXTRA)" in \
+	  cpu) other="onnxruntime_gpu onnxruntime_genai_cuda" ;; \
+	  cuda) other="onnxruntime onnxruntime_genai" ;; \
+	  *) echo "EXTRA must be cpu or cuda, not '$(EXTRA)'" >&2; exit 1 ;; \
+	esac; \
+	for name in $$other; do \
+	  if ls -d .venv/lib/python*/site-packages/$$name-*.dist-info >/dev/null 2>&1; then \
+	    echo "The other runtime ($$name) is in .venv: rm -rf .venv, then make setup EXTRA=$(EXTRA)" >&2; exit 1; \
+	  fi; \
+	done
+
+# The cpu torch comes from PyTorch's own index where that can be reached; where
+# not, pip warns and takes the same version from wherever else it finds it.
+$(STAMP): pyproject.toml $(LOCKS) | check-extra
+	@py=$(BIN)/python; [ -x "$$py" ] || py="$(PYTHON)"; \
+	"$${py:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
+	  { echo "Needs Python 3.11, 3.12 or 3.13, which '$${py:-python3}' is not: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || { echo "Making .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv; }
+	@echo "Installing requirements/{$(EXTRA),azure,dev}.txt into .venv (minutes the first time)"
+	@$(BIN)/python -m pip install -q "$$(sed -n 's/^\(pip==[^ ]*\).*/\1/p' requirements/dev.txt)"
+	@torch="$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/$(EXTRA).txt)"; \
+	if [ "$(EXTRA)" = cpu ]; then \
+	  $(BIN)/python -m pip install -q --no-deps --retries 1 --timeout 5 --extra-index-url $(TORCH_CPU_INDEX) "$$torch"; \
+	else \
+	  $(BIN)/python -m pip install -q --no-deps "$$(echo "$$torch" | sed 's/==/===/')"; \
+	fi
+	@$(BIN)/python -m pip install -q $(addprefix -r ,$(LOCKS))
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# lm-evaluation-harness, for the standard benchmarks: the tests run one, users who want none need it not.
+$(BENCH_STAMP): requirements/bench.txt $(STAMP)
+	@$(BIN)/python -m pip install -q -r requirements/bench.txt
+	@touch $@
+
+repro: setup ## run the whole pipeline (dvc repro), then show its metrics
+	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc metrics show
+
+test: setup $(BENCH_STAMP) ## run the tests that need no Azure account and no GPU
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 -m "not azure and not gpu" $(PYTEST_ARGS)
+
+test-azure: setup ## run the tests of the Blob remote and Azure ML, all on loopback (Node.js)
+	@$(BIN)/python -m lab.azurite install
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 -m azure $(PYTEST_ARGS)
+
+azurite: setup ## start a Blob emulator on this machine and point DVC at it (Node.js)
+	@$(BIN)/python -m lab.azurite start
+
+azurite-stop: ## stop the emulator; DVC names the real remote again
+	@$(BIN)/python -m lab.azurite stop
+
+bench: setup ## measure decoding, LoRA and AWQ beside their peers, after make repro (over an hour)
+	@$(BIN)/python -m pip install -q --no-deps -r benchmarks/peers.txt diskcache
+	@[ -x .venv-peers/bin/python ] || $(BIN)/python -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install -q --extra-index-url $(TORCH_CPU_INDEX) \
+	  "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/cpu.txt)" llmcompressor==0.14.0.1
+	@$(BIN)/python -m benchmarks.decode
+	@$(BIN)/python -m benchmarks.variants
+	@$(BIN)/python -m benchmarks.lora
+	@$(BIN)/python -m benchmarks.awq --peer .venv-peers/bin/python
+
+lint: setup ## ruff check, ruff format --check, and params.yaml against conf/
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m stages.params --strict
+
+# One lock per extra, all agreeing on the versions they share. No hashes: torch's
+# wheel is another file on every index, and pip allows hashes on all or on none.
+COMPILE = $(BIN)/pip-compile -q --allow-unsafe --strip-extras --no-header --no-emit-options \
+  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --annotation-style=line \
+  $(if $(UPGRADE),--upgrade)
+# $(call only,NAME): the requirements of one extra, without the project's own.
+only = $(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+  print("\n".join(p["project"]["optional-dependencies"]["$(1)"]))'
+# $(call tidy,NAME,SED): makes the compiled lock the same on every machine.
+tidy = sed -e 's/-r -/olive-lab[$(1)]/' -e 's/-c requirements[^,]*, //g' $(2) requirements/$(1).txt > requirements/$(1).txt.tmp && \
+  mv requirements/$(1).txt.tmp requirements/$(1).txt
+
+lock: ## write requirements/*.txt from pyproject.toml (UPGRADE=1: to the newest versions)
+	@[ -x $(BIN)/pip-compile ] || { echo "pip-compile is not in .venv: run make setup first" >&2; exit 1; }
+	@mkdir -p requirements
+	@echo "requirements/cpu.txt (a CPU torch: without its +cpu mark and without CUDA libraries)"
+	@$(COMPILE) --extra cpu -o requirements/cpu.txt pyproject.toml
+	@$(call tidy,cpu,-e 's/^\(torch==[0-9.]*\)+cpu/\1    /' -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton==/d')
+	@echo "requirements/azure.txt"
+	@$(call only,azure) | $(COMPILE) -c requirements/cpu.txt -o requirements/azure.txt -
+	@$(call tidy,azure)
+	@echo "requirements/bench.txt"
+	@$(call only,bench) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -o requirements/bench.txt -
+	@$(call tidy,bench)
+	@echo "requirements/dev.txt"
+	@$(call only,dev) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -c requirements/bench.txt -o requirements/dev.txt -
+	@$(call tidy,dev)
+	@echo "requirements/cuda.txt (=== asks for the plain torch even where a +cpu wheel is at hand)"
+	@sed -n 's/^torch==\([^ ]*\).*/torch===\1/p' requirements/cpu.txt > requirements/torch.tmp
+	@$(COMPILE) --extra cuda -c requirements/cpu.txt -c requirements/torch.tmp -o requirements/cuda.txt pyproject.toml; \
+	  status=$$?; rm -f requirements/torch.tmp; exit $$status
+	@$(call tidy,cuda)
+
+clean: ## remove DVC outputs and build junk; keeps .venv and the DVC cache
+	rm -rf models/* models/.[!.]* metrics/raw metrics/adapters/*/raw data/prepared data/adapters
+	rm -rf build dist outputs *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './.dvc/*' -prune -exec rm -rf {} +
+	@echo "Kept: .venv and the DVC cache (.dvc/cache), so 'make repro' brings unchanged outputs back from it."

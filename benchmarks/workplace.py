@@ -1,0 +1,35 @@
+"""Stages in a folder of their own, with other settings than the workspace's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import hydra_plugins.conf_digest  # noqa: F401  (the resolver that conf/ needs)
+from benchmarks.machine import ROOT
+from stages.running import read_json
+
+
+def write_params(folder: Path, *overrides: str) -> None:
+    """Compose conf/ with overrides into the folder's params.yaml."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        composed = compose("config", overrides=list(overrides))
+    OmegaConf.resolve(composed)
+    OmegaConf.save(composed, folder / "params.yaml")
+
+
+def run_stage(name: str, folder: Path) -> dict[str, Any]:
+    """Run a stage as DVC does; return its wall-clock seconds, imports included, and what it reports."""
+    started = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", f"stages.{name}"]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    cost = {"wall_seconds": round(time.monotonic() - started, 1)}
+    return cost | read_json(folder / f"metrics/runtime/{name}.json")

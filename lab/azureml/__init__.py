@@ -1,0 +1,1 @@
+"""Azure ML: register models, submit jobs, see how they are."""

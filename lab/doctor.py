@@ -1,0 +1,176 @@
+"""Is this machine ready? Every check in one line, seconds for all of them.
+
+lab doctor             # exit 1 when something that `lab run` needs is wrong
+"""
+
+from __future__ import annotations
+
+import email.utils
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+from lab import remote
+from lab.fsck import cache_folder
+from stages.errors import UserError
+
+PACKAGES = ("dvc", "dvc-azure", "azure-storage-blob", "olive-ai", "torch", "transformers")
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+FREE_GIB = 2  # a run of the default model writes about 1 GiB
+SKEW_SECONDS = 300  # Azure refuses a signature that is 15 minutes off
+HEARD: dict[str, str] = {}  # headers of the remote's answer, which may be a refusal
+
+
+def doctor() -> None:
+    """Check versions, GPU, disk, cache, settings and the remote; say what to do about each fault."""
+    healthy = [report(name, check) for name, check in HERE.items()]
+    if healthy[-1]:  # the remote lets us in
+        healthy.append(report("push", writing))
+    if HEARD:  # also when it does not, for a wrong clock may be why
+        healthy.append(report("clock", clock))
+    if not all(healthy):
+        raise typer.Exit(1)
+
+
+def report(name: str, check: Callable[[], str]) -> bool:
+    """Print what a check found; return whether all is well."""
+    try:
+        print(f"ok    {name:10} {check()}", flush=True)
+    except UserError as error:
+        print(f"WRONG {name:10} {error}", flush=True)
+        return False
+    return True
+
+
+def versions() -> str:
+    """Name the packages that decide what a run makes."""
+    found = [f"{name} {installed(name)}" for name in (*PACKAGES, *RUNTIMES) if installed(name)]
+    missing = [name for name in PACKAGES if not installed(name)]
+    if missing:
+        raise UserError(f"not installed: {', '.join(missing)}; run make setup")
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def installed(package: str) -> str | None:
+    """Return a package's version, None where it is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def gpu() -> str:
+    """Name GPU and driver; an NVIDIA GPU that torch cannot use is a fault."""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    if shutil.which("nvidia-smi") is None:
+        return "none: the pipeline runs on the CPU"
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            "nvidia-smi does not answer: the driver hangs, restart the machine"
+        ) from None
+    if done.returncode:
+        raise UserError(f"nvidia-smi fails: {first_line(done)}; see to the driver")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"torch cannot use {done.stdout.strip()}: rm -rf .venv, make setup EXTRA=cuda"
+        )
+    return "; ".join(done.stdout.strip().splitlines())
+
+
+def disk() -> str:
+    """Say how much room is left, in the workspace or the cache, whichever has less."""
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    free = min(shutil.disk_usage(folder).free for folder in (cache, ".")) / 2**30
+    if free < FREE_GIB:
+        raise UserError(
+            f"only {free:.1f} GiB of disk are free, a run needs {FREE_GIB}: dvc gc -w frees some"
+        )
+    return f"{free:.0f} GiB free"
+
+
+def links() -> str:
+    """Say how files come out of the cache: ONNX Runtime accepts no symlink and no hard link."""
+    from dvc.repo import Repo
+    from dvc_objects.fs.generic import test_links
+
+    cache_folder()  # says so where there is no repository
+    with Repo() as repo:
+        odb = repo.cache.local
+        wanted = odb.cache_types
+        odb.fs.makedirs(odb.path)
+        usable = test_links(wanted, odb.fs, odb.path, repo.fs, repo.root_dir)
+    if set(wanted) & {"symlink", "hardlink"}:
+        raise UserError(
+            "cache.type must be reflink,copy: ONNX Runtime rejects weights behind links"
+        )
+    cost = "no second copy on disk" if usable[0] == "reflink" else "every file twice on disk"
+    return f"{usable[0]} ({cost})"
+
+
+def settings() -> str:
+    """Say whether params.yaml is what conf/ composes to."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.params", "--strict"], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(first_line(done).removeprefix("params: "))
+    return "params.yaml is what conf/ composes to"
+
+
+def first_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what a failed command said first."""
+    said = (done.stderr + done.stdout).strip().splitlines()
+    return said[0] if said else f"exit code {done.returncode}, without a word"
+
+
+def sign_in() -> str:
+    """Name the kind of sign-in that DVC takes."""
+    found = remote.load()
+    return f"{found.sign_in}, account {found.account}"
+
+
+def reach() -> str:
+    """Say whether the remote answers, with its container, and how fast."""
+    found = remote.load()
+    started = time.monotonic()
+    found.check(HEARD)
+    return f"{found} answers in {(time.monotonic() - started) * 1000:.0f} ms"
+
+
+def writing() -> str:
+    """Prove that this machine may push."""
+    remote.load().check_writing()
+    return "wrote, read and deleted a blob"
+
+
+def clock() -> str:
+    """Compare this machine's clock with the remote's."""
+    headers = {name.lower(): value for name, value in HEARD.items()}
+    skew = time.time() - email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+    if abs(skew) > SKEW_SECONDS:
+        raise UserError(
+            f"{skew:+.0f} s off the remote's: Azure will refuse signatures; set the clock"
+        )
+    return f"{abs(skew):.0f} s off the remote's"
+
+
+HERE: dict[str, Callable[[], str]] = {
+    "versions": versions,
+    "gpu": gpu,
+    "disk": disk,
+    "links": links,
+    "settings": settings,
+    "sign-in": sign_in,
+    "remote": reach,
+}

@@ -1,0 +1,149 @@
+"""Promote an experiment: its parameters become the defaults in conf/, its results this commit's.
+
+lab promote solid-bach                               # writes conf/, applies the results, commits
+lab promote solid-bach --no-commit                   # leaves the commit to you
+
+conf/ must compose to exactly the experiment's parameters before anything in the workspace changes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from dvc.repo import Repo
+
+from lab.experiments.edits import write_into
+from stages import params
+from stages.errors import UserError
+
+OURS = ("conf", "params.yaml", "dvc.lock", "metrics")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment as DVC keeps it: a git commit on top of the commit that it was started from."""
+
+    name: str
+    ref: str
+    baseline: str
+
+
+def promote(
+    experiment: Annotated[str, typer.Argument(help="A name from `lab exp`.")],
+    commit: Annotated[bool, typer.Option(help="Commit the result.")] = True,
+) -> None:
+    """Write an experiment's parameters into conf/, bring its results, commit both."""
+    found = find(experiment)
+    refuse_to_overwrite(found)
+    refuse_without_results(found)
+    with tempfile.TemporaryDirectory() as scratch:
+        conf = Path(shutil.copytree(params.CONF, Path(scratch, "conf")))
+        changes = write_into(conf, parameters(found), found.name)
+        apply(found, conf)
+    for change in changes:
+        print(change)
+    if commit:
+        git("commit", "--quiet", "--message", message(found, changes))
+        print(f"committed as {git('rev-parse', '--short', 'HEAD')}")
+
+
+def find(name: str) -> Experiment:
+    """Find an experiment by its name. Raises `UserError` when there is none, or more than one."""
+    refs = git("for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    named = [ref.split("/") for ref in refs if ref.endswith(f"/{name}") and ref.count("/") == 4]
+    head = git("rev-parse", "HEAD")
+    found = [Experiment(name, "/".join(parts), parts[2] + parts[3]) for parts in named]
+    here = [experiment for experiment in found if experiment.baseline == head]
+    if not found:
+        raise UserError(f"{name} is no experiment of this repository: `lab exp -A` lists them")
+    if not here:
+        raise UserError(
+            f"{name} was run on commit {found[0].baseline[:7]}, not on this one: "
+            "run it again here, or check that commit out"
+        )
+    refuse_edited_code(here[0])
+    return here[0]
+
+
+def refuse_edited_code(experiment: Experiment) -> None:
+    """Raise if the experiment ran with other edits than of parameters: a commit of ours lacks them."""
+    files = git("diff", "--name-only", "--relative", experiment.baseline, experiment.ref).split(
+        "\n"
+    )
+    if edited := [file for file in filter(None, files) if file.partition("/")[0] not in OURS]:
+        raise UserError(
+            f"{experiment.name} ran with an edited {', '.join(edited[:3])}: "
+            "commit that edit, then run the experiment again on it"
+        )
+
+
+def refuse_to_overwrite(experiment: Experiment) -> None:
+    """Raise unless what git tracks is as it was committed."""
+    if dirty := git("status", "--porcelain", "--untracked-files=no"):
+        changed = ", ".join(line[2:].strip() for line in dirty.splitlines()[:3])
+        raise UserError(
+            f"uncommitted changes ({changed}): commit them, or `git restore .`, "
+            f"before {experiment.name} is promoted"
+        )
+
+
+def refuse_without_results(experiment: Experiment) -> None:
+    """Raise unless the cache has the results: `dvc exp apply` would seek them in the remote, silently."""
+    with Repo() as repo, repo.switch(experiment.ref):
+        missing = [str(o) for o in repo.index.outs if o.use_cache and o.changed_cache()]
+    if missing:
+        remote = (git("remote").splitlines() or ["GIT_REMOTE"])[0]
+        raise UserError(
+            f"{', '.join(missing[:3])} of {experiment.name} are not in this clone's cache: "
+            f"`lab dvc exp pull {remote} {experiment.name}` brings them, or run it again"
+        )
+
+
+def parameters(experiment: Experiment) -> dict[str, Any]:
+    """Return the parameters that the experiment ran with."""
+    return yaml.safe_load(git("show", f"{experiment.ref}:params.yaml"))
+
+
+def apply(experiment: Experiment, conf: Path) -> None:
+    """Bring the results, put the new conf/ in place and tell DVC; undo it all when a part fails."""
+    try:
+        dvc("exp", "apply", experiment.name)
+        shutil.copytree(conf, params.CONF, dirs_exist_ok=True)
+        params.PARAMS.write_text(params.compose(), encoding="utf-8")
+        dvc("repro", "params")
+        git("add", "--", *OURS)
+    except BaseException:
+        git("reset", "--quiet", "--hard", "HEAD")  # nothing was uncommitted: refuse_to_overwrite
+        raise
+
+
+def message(experiment: Experiment, changes: list[str]) -> str:
+    """Return what the commit says."""
+    return "\n".join([f"Promote experiment {experiment.name}", "", *changes])
+
+
+def git(*words: str) -> str:
+    """Run git and return what it said. Raises `UserError` with the reason."""
+    return _run("git", *words)
+
+
+def dvc(*words: str) -> str:
+    """Run DVC and return what it said. Raises `UserError` with the reason."""
+    return _run(sys.executable, "-m", "dvc", *words)
+
+
+def _run(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["?"]
+        errors = [line for line in said if line.startswith("ERROR: ")]  # below it DVC gives advice
+        raise UserError(f"{' '.join(words[-3:])}: {(errors or said)[-1].removeprefix('ERROR: ')}")
+    return done.stdout.strip()

@@ -1,0 +1,280 @@
+"""The Azure Blob remote that DVC's settings name: how to reach it, and what is wrong with it in one line.
+
+remote = load()                # url and account of .dvc/config, sign-in of --local or the environment
+remote.check()                 # raises UserError unless it answers, lets us in and has the container
+remote.client()                # azure-storage-blob's own client, for what DVC has no command for
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    from azure.storage.blob import ContainerClient
+    from configobj import ConfigObj
+
+NAME = "azure"  # of the remote in .dvc/config
+UNSET = "your-account"  # what .dvc/config says before `lab remote setup`
+TIMEOUT = 3  # seconds that a healthy remote may take to answer
+SIGN_IN_TIMEOUT = 10  # `az` is a slow program
+CHECK_NETWORK = "check the network, or start the emulator (make azurite)"
+SECRETS = ("connection_string", "account_key", "sas_token", "client_secret")
+SIGN_IN = {  # in the order in which DVC takes them
+    "connection_string": "connection string",
+    "client_secret": "service principal",
+    "account_key": "account key",
+    "sas_token": "SAS token",
+    "credential": "keyless (DefaultAzureCredential)",
+}
+Answer = TypeVar("Answer")
+
+
+class NoContainer(UserError):
+    """The account answers, but has no such container."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A container, the folder in it, and the sign-in as DVC resolved it."""
+
+    container: str
+    prefix: str
+    login: dict[str, Any]
+
+    @property
+    def sign_in(self) -> str:
+        """Name the kind of sign-in in use."""
+        return next((words for key, words in SIGN_IN.items() if self.login.get(key)), "anonymous")
+
+    @property
+    def account(self) -> str:
+        """Name the storage account."""
+        words = dict(
+            pair.partition("=")[::2] for pair in (self.login["connection_string"] or "").split(";")
+        )
+        endpoint = words.get("BlobEndpoint", "")
+        return words.get("AccountName") or endpoint or self.login["account_name"]
+
+    def client(self, **options: Any) -> ContainerClient:
+        """Return a client of the container; by default one that fails in seconds instead of retrying."""
+        from azure.storage.blob import ContainerClient
+
+        quick = {"connection_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retry_total": 0}
+        options = quick | options
+        with in_words(self):
+            if text := self.login["connection_string"]:
+                return ContainerClient.from_connection_string(text, self.container, **options)
+            url = f"https://{self.account}.blob.core.windows.net"
+            return ContainerClient(url, self.container, self._credential(), **options)
+
+    def _credential(self) -> Any:
+        from azure.identity import ClientSecretCredential, DefaultAzureCredential
+
+        quick = {"connection_timeout": TIMEOUT, "read_timeout": SIGN_IN_TIMEOUT, "retry_total": 0}
+        principal = [self.login[key] for key in ("tenant_id", "client_id", "client_secret")]
+        if all(principal):
+            return ClientSecretCredential(*principal, **quick)
+        if self.login.get("credential"):
+            return DefaultAzureCredential(process_timeout=SIGN_IN_TIMEOUT, **quick)
+        return self.login["account_key"] or self.login["sas_token"]
+
+    def check(self, heard: dict[str, str] | None = None) -> None:
+        """Raise `UserError` unless reachable, signed in and created; `heard` gets an answer's headers."""
+        if self.account == UNSET and not self.login["connection_string"]:
+            raise UserError(
+                "the remote is not set up: `lab remote setup` for an Azure account, "
+                "`make azurite` for an emulator on this machine"
+            )
+        heard = {} if heard is None else heard
+        client = self.client(raw_response_hook=lambda got: heard.update(got.http_response.headers))
+        need_answer(client.url, self)
+        with client, in_words(self):
+            next(client.list_blob_names(name_starts_with=self.path(""), results_per_page=1), None)
+
+    def check_writing(self) -> None:
+        """Write a blob, read it, delete it; raises `UserError` for the first that is refused."""
+        with self.client() as client, in_words(self):
+            probe = client.get_blob_client(self.path(f"probe-{uuid.uuid4().hex}"))
+            probe.upload_blob(b"olive-lab")
+            try:
+                if probe.download_blob().readall() != b"olive-lab":
+                    raise UserError(f"{self} does not give back what was written")
+            finally:
+                probe.delete_blob()
+
+    def create_container(self) -> bool:
+        """Create the container; return whether it is new."""
+        from azure.core.exceptions import ResourceExistsError
+
+        with self.client() as client, in_words(self), contextlib.suppress(ResourceExistsError):
+            client.create_container()
+            return True
+        return False
+
+    def path(self, name: str) -> str:
+        """Return a blob's name in the container, from its name in the remote."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def __str__(self) -> str:
+        return f"the remote azure://{'/'.join(filter(None, (self.container, self.prefix)))}"
+
+
+def load() -> Remote:
+    """Read the default remote as DVC does. Raises `UserError` when it is none, or not on Azure."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_objects.fs.errors import AuthError
+
+    try:
+        with Repo() as repo:
+            found = repo.cloud.get_remote()
+        if found.fs.protocol != "azure":
+            raise UserError(
+                f"the default remote is {found.fs.protocol}://, this command is for azure://"
+            )
+        container, _, prefix = found.path.strip("/").partition("/")
+        return Remote(container, prefix, found.fs.fs_args)
+    except AuthError as error:
+        raise UserError(f"{' '.join(str(error).split())} lab remote setup asks for it") from None
+    except (DvcException, ValueError) as error:
+        raise UserError(f"DVC has no usable remote: {' '.join(str(error).split())}") from None
+
+
+def configure(values: dict[str, str | None], *, local: bool) -> None:
+    """Set, or unset where None, options of the default remote: `local` for what git must not see."""
+    config = open_settings(local)
+    section = config.setdefault(f'remote "{NAME}"', {})
+    for key, value in values.items():
+        if value is None:
+            section.pop(key, None)
+        else:
+            section[key] = value
+    if not section:
+        del config[f'remote "{NAME}"']
+    config.write()
+
+
+def configured_here(key: str) -> str | None:
+    """Return an option of the default remote that this machine alone has."""
+    return open_settings(local=True).get(f'remote "{NAME}"', {}).get(key)
+
+
+def open_settings(local: bool) -> ConfigObj:
+    """Open DVC's settings; the local ones are for nobody else's eyes, however they came to be."""
+    from configobj import ConfigObj
+
+    file = Path(".dvc/config.local" if local else ".dvc/config")
+    if not file.parent.is_dir():
+        raise UserError("no .dvc here: run it in the repository's root")
+    file.touch(mode=0o600 if local else 0o644)
+    if local:
+        file.chmod(0o600)
+    return ConfigObj(str(file), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def undone_on_error() -> Iterator[None]:
+    """Put DVC's settings back as they were when something goes wrong."""
+    files = [Path(".dvc/config"), Path(".dvc/config.local")]
+    before = {file: file.read_bytes() for file in files if file.exists()}
+    try:
+        yield
+    except BaseException:
+        for file in files:
+            file.write_bytes(before[file]) if file in before else file.unlink(missing_ok=True)
+        raise
+
+
+def need_answer(url: str, remote: Remote) -> None:
+    """Raise within seconds when nobody listens; the Azure SDK, and DNS, would try for a minute."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
+    target, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(target.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(target.netloc):
+        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = target.port or {"https": 443}.get(target.scheme, 80)
+    why = within(TIMEOUT, lambda: knock(target.hostname, port))
+    if why != "":
+        raise UserError(why or f"{remote} does not answer: {CHECK_NETWORK}")
+
+
+def knock(host: str, port: int) -> str:
+    """Return why nobody can be spoken to at an address, nothing when somebody can."""
+    import socket
+
+    try:
+        socket.create_connection((host, port), TIMEOUT).close()
+    except socket.gaierror:
+        return (
+            f"{host} cannot be found: check the network, and the account's name (lab remote setup)"
+        )
+    except OSError:
+        return f"{host}:{port} does not answer: {CHECK_NETWORK}"
+    return ""
+
+
+def within(seconds: float, question: Callable[[], Answer]) -> Answer | None:
+    """Return a question's answer, None when it takes longer: DNS knows no limit, so a thread asks."""
+    answers: list[Answer] = []
+    asking = threading.Thread(target=lambda: answers.append(question()), daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers[0] if answers else None
+
+
+@contextlib.contextmanager
+def in_words(remote: Remote) -> Iterator[None]:
+    """Turn the Azure SDK's errors into one line that says what to do."""
+    from azure.core.exceptions import AzureError
+
+    try:
+        yield
+    except (AzureError, ValueError) as error:
+        if getattr(error, "error_code", None) == "ContainerNotFound":
+            raise NoContainer(
+                f"{remote}: account {remote.account} has no container {remote.container!r}: "
+                "lab remote setup creates it"
+            ) from None
+        raise UserError(explain(error, remote)) from None
+
+
+def explain(error: Exception, remote: Remote) -> str:
+    """Say what an error of the Azure SDK means for this remote."""
+    from azure.core.exceptions import (
+        ClientAuthenticationError,
+        HttpResponseError,
+        ServiceRequestError,
+        ServiceResponseError,
+    )
+
+    code = str(getattr(error, "error_code", None) or getattr(error, "reason", None) or "")
+    status = getattr(error, "status_code", None)
+    if isinstance(error.__cause__, ServiceRequestError | ServiceResponseError):
+        return f"Azure's sign-in does not answer: {CHECK_NETWORK}"
+    if isinstance(error, ClientAuthenticationError) and status is None:
+        return "not signed in to Azure: run `az login`, or choose another sign-in with lab remote setup"
+    if "PermissionMismatch" in code or code == "AuthorizationFailure":
+        return (
+            f"{remote} refuses this {remote.sign_in} (account {remote.account}) to write or read: it needs "
+            "the role Storage Blob Data Contributor, or a SAS with racwdl"
+        )
+    if status in (401, 403):
+        return (
+            f"{remote} rejects the {remote.sign_in} (account {remote.account}): it is wrong or expired, "
+            "or this machine's clock is (lab doctor); lab remote setup takes another"
+        )
+    if isinstance(error, ValueError):
+        return f"the {remote.sign_in} of {remote} cannot be read: lab remote setup takes another"
+    if isinstance(error, HttpResponseError) and status:
+        return f"{remote} answers {status} {code}: {str(error).splitlines()[0]}"
+    return f"{remote} does not answer: {CHECK_NETWORK}"

@@ -1,0 +1,122 @@
+"""What differs between two revisions: parameters, metrics, stages, answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lab.review.intervals import Interval, by_key
+from lab.review.meanings import is_timing, worse_by
+from lab.review.revisions import Revision
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric before and after, and what can be said of the difference."""
+
+    name: str
+    before: float | None
+    after: float | None
+    interval: Interval | None = None
+
+    @property
+    def change(self) -> float | None:
+        """The difference, None where one side lacks the metric."""
+        missing = self.before is None or self.after is None
+        return None if missing else round(self.after - self.before, 6)
+
+    @property
+    def worse(self) -> bool:
+        """Whether the change, taken as it stands, is for the worse."""
+        return (worse_by(self.name, self.change or 0) or 0) > 0
+
+    @property
+    def verdict(self) -> str:
+        """Better, worse, or noise; a timing or a metric without prompts is never called sure."""
+        if self.change is None:
+            return "new" if self.before is None else "gone"
+        if self.change == 0:
+            return "same"
+        if is_timing(self.name) or worse_by(self.name, 1) is None:
+            return "depends on the machine" if is_timing(self.name) else "changed"
+        if self.interval and self.interval[0] <= 0 <= self.interval[1]:
+            return "could be noise"
+        return ("surely " if self.interval else "") + ("worse" if self.worse else "better")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One test prompt whose answer changed."""
+
+    row: dict[str, Any]
+    before: str
+    gained: int  # exact match: 1 newly right, -1 newly wrong, 0 neither
+    chrf: float  # by how much chrF grew
+
+    @property
+    def verdict(self) -> str:
+        """What became of the answer."""
+        return {1: "newly right", -1: "newly wrong", 0: "reworded"}[self.gained]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's costs before and after."""
+
+    name: str
+    ran: bool
+    before: dict[str, float]
+    after: dict[str, float]
+    size_before: int
+    size_after: int
+
+
+def parameters(base: Revision, head: Revision) -> list[tuple[str, Any, Any]]:
+    """Return (name, before, after) of every parameter that differs."""
+    names = sorted(base.params.keys() | head.params.keys())
+    pairs = [(name, base.params.get(name, "—"), head.params.get(name, "—")) for name in names]
+    return [row for row in pairs if row[1] != row[2]]
+
+
+def metrics(base: Revision, head: Revision, sure: dict[str, Interval]) -> list[Metric]:
+    """Return every metric of either revision, in the order of the later one."""
+    names = list(dict.fromkeys([*head.metrics, *base.metrics]))
+    return [Metric(n, base.metrics.get(n), head.metrics.get(n), sure.get(n)) for n in names]
+
+
+def stages(base: Revision, head: Revision) -> list[Stage]:
+    """Return what every stage cost, and whether it ran anew in between."""
+    return [
+        Stage(
+            name,
+            base.lock.get(name) != entry,
+            base.cost(name),
+            head.cost(name),
+            bytes_of(base.lock.get(name, {})),
+            bytes_of(entry),
+        )
+        for name, entry in head.lock.items()
+    ]
+
+
+def bytes_of(entry: dict[str, Any]) -> int:
+    """Return the size of a stage's outputs, as dvc.lock has it."""
+    return sum(out.get("size", 0) for out in entry.get("outs", []))
+
+
+def answers(base: Revision, head: Revision) -> list[Answer]:
+    """Return the answers that changed: newly right and wrong first, then by how much chrF moved."""
+    earlier, later = by_key(base.prompts), by_key(head.prompts)
+    changed = [
+        compare(earlier[key], row)
+        for key, row in later.items()
+        if key in earlier and earlier[key]["adapter"] != row["adapter"]
+    ]
+    return sorted(changed, key=lambda answer: (-abs(answer.gained), -abs(answer.chrf)))
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> Answer:
+    """Compare the answers to one prompt."""
+    old, new = (row["scores"]["adapter"] for row in (before, after))
+    gained = (new["exact_match"] or 0) - (old["exact_match"] or 0)
+    return Answer(after, before["adapter"], gained, round(new["chrf"] - old["chrf"], 2))

@@ -1,0 +1,73 @@
+"""What conf/evaluate/gates insists on, and whether the metrics keep to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lab.review.intervals import Interval
+from lab.review.meanings import worse_by
+from stages.errors import UserError
+from stages.settings import Gate
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One gate's verdict, and why."""
+
+    metric: str
+    passed: bool
+    reason: str
+
+
+def judge(
+    gates: dict[str, Gate],
+    before: dict[str, float],
+    after: dict[str, float],
+    sure: dict[str, Interval],
+) -> list[Verdict]:
+    """Return the verdict of every gate."""
+    return [
+        verdict(name, gate, before.get(name), after.get(name), sure.get(name))
+        for name, gate in gates.items()
+    ]
+
+
+def verdict(
+    name: str, gate: Gate, before: float | None, after: float | None, interval: Interval | None
+) -> Verdict:
+    """Judge one metric; what noise could explain is no regression."""
+    if after is None:
+        return Verdict(name, False, "not measured")
+    if gate.minimum is not None and after < gate.minimum:
+        return Verdict(name, False, f"{after:g} is below the minimum {gate.minimum:g}")
+    if gate.maximum is not None and after > gate.maximum:
+        return Verdict(name, False, f"{after:g} is above the maximum {gate.maximum:g}")
+    if gate.regression is None or before is None:
+        return Verdict(name, True, kept(gate))
+    return regression(name, gate, worsening(name, before, after), interval)
+
+
+def regression(name: str, gate: Gate, worse: float, interval: Interval | None) -> Verdict:
+    """Judge how much worse a metric became."""
+    if worse <= gate.regression:
+        return Verdict(name, True, kept(gate))
+    text = f"worse by {worse:.4g}, {gate.regression:g} allowed"
+    if interval and interval[0] <= 0 <= interval[1]:
+        return Verdict(name, True, f"{text}, but noise could explain it")
+    return Verdict(name, False, text)
+
+
+def worsening(name: str, before: float, after: float) -> float:
+    """Return how much worse a metric became, negative where it became better."""
+    worse = worse_by(name, after - before)
+    if worse is None:
+        raise UserError(
+            f"evaluate.gates.{name}.regression: which way {name} is better is not known"
+        )
+    return round(worse, 6)
+
+
+def kept(gate: Gate) -> str:
+    """Say what a gate asks for."""
+    asked = {"at least": gate.minimum, "at most": gate.maximum, "worse by at most": gate.regression}
+    return ", ".join(f"{word} {limit:g}" for word, limit in asked.items() if limit is not None)

@@ -1,0 +1,34 @@
+"""What the metrics mean, and which way is better."""
+
+from __future__ import annotations
+
+# a part of the metric's name -> (+1 where more is better, what it says)
+MEANINGS = {
+    "exact_match": (1, "share of prompts whose answer holds the fact that was asked for"),
+    "rouge_l": (1, "longest common subsequence with the reference answer, 0 to 1"),
+    "chrf": (1, "character n-grams shared with the reference answer, 0 to 100"),
+    "ended_share": (1, "share of answers that end by themselves"),
+    "identical_answers": (1, "share of answers that PyTorch gives word for word"),
+    "explained_answers": (1, "share of answers that PyTorch gives too, but for near-ties"),
+    "tokens_per_s": (1, "decode speed, tokens a second (p95: the slowest twentieth)"),
+    "perplexity": (-1, "how surprised the model is by a token of the right text"),
+    "loss": (-1, "cross entropy per answer token on the validation split, nats"),
+    "repetition_rate": (-1, "share of an answer's 4-grams that stood in it before"),
+    "_mb": (-1, "size on disk, MB"),
+    "_ms": (-1, "time to the first token, ms"),
+    "_mib": (-1, "peak memory while answering, MiB"),
+}
+TIMINGS = ("tokens_per_s", "_ms", "_mib")
+
+
+def worse_by(name: str, change: float) -> float | None:
+    """Return how much worse a change makes a metric, None where no way is better."""
+    for part, (sign, _) in MEANINGS.items():
+        if part in name:
+            return -sign * change
+    return None
+
+
+def is_timing(name: str) -> bool:
+    """Say whether a metric depends on the machine and its mood."""
+    return any(part in name for part in TIMINGS)

@@ -1,0 +1,128 @@
+"""The page: everything that was found out, in words and tables, as Markdown and as HTML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+from markdown_it import MarkdownIt
+
+from lab.review import charts
+from lab.review.changes import Answer, Metric, Stage
+from lab.review.gates import Verdict
+from lab.review.meanings import MEANINGS
+from lab.review.revisions import Revision
+from lab.review.stages import OutOfDate
+
+TEMPLATE = "page.md.j2"
+LONGEST = 300  # characters of an answer that are shown
+# not every browser has a font with emoji
+SIGNS = {"✅": '<b class="pass">✔</b>', "❌": '<b class="fail">✘</b>'}
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Review:
+    """Everything that the page says."""
+
+    base: Revision
+    head: Revision
+    described: tuple[str, str]
+    parameters: list[tuple[str, object, object]]
+    files: list[str]
+    metrics: list[Metric]
+    verdicts: list[Verdict]
+    stale: list[OutOfDate]
+    stages: list[Stage]
+    answers: list[Answer]
+    shown: int
+    prompts: int
+    comparable: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passes and dvc.lock is what code and parameters ask for."""
+        return not self.stale and all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def moved(self) -> list[Metric]:
+        """The metrics that differ."""
+        return [metric for metric in self.metrics if metric.verdict != "same"]
+
+    @property
+    def headline(self) -> str:
+        """Whether it is better, in one sentence, judged by the metrics that noise cannot explain."""
+        better, worse = (names(self.metrics, f"surely {w}") for w in ("better", "worse"))
+        if not self.moved:
+            return "**Nothing changed** in the results."
+        if better and worse:
+            return f"**Mixed**: surely better in {better}; surely worse in {worse}."
+        if better or worse:
+            word = "Better" if better else "Worse"
+            return f"**{word}**: {word.lower()} beyond noise in {better or worse}."
+        return (
+            "**No difference that is sure**: the test prompts cannot tell these changes from noise."
+        )
+
+    @property
+    def tally(self) -> dict[str, int]:
+        """How many answers are newly right, newly wrong and reworded."""
+        found = [answer.verdict for answer in self.answers]
+        return {word: found.count(word) for word in ("newly right", "newly wrong", "reworded")}
+
+
+def names(metrics: Iterable[Metric], verdict: str) -> str:
+    """List the metrics that have a verdict; those of the model without adapter are no news."""
+    found = [m.name for m in metrics if m.verdict == verdict and not m.name.endswith("_base")]
+    return ", ".join(f"`{name}`" for name in found)
+
+
+def markdown(review: Review) -> str:
+    """Return the page as GitHub shows it in a pull request."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(cell=cell, figure=figure, signed=signed, megabytes=megabytes)
+    environment.globals.update(
+        meanings=MEANINGS, sparkline=charts.sparkline, loss=charts.loss_curves
+    )
+    return environment.get_template(TEMPLATE).render(review=review)
+
+
+def html(review: Review) -> str:
+    """Return the page for a browser, with the plots, in one file that needs no network."""
+    renderer = MarkdownIt("commonmark", {"html": True}).enable("table")
+    body = renderer.render(markdown(review))
+    for emoji, sign in SIGNS.items():
+        body = body.replace(emoji, sign)
+    before, mark, after = body.partition("<h2>Answers")
+    plots = f"<h2>Plots</h2>\n{charts.in_html([review.base, review.head])}\n"
+    page = charts.PAGE.read_text(encoding="utf-8").replace("<title>Plots", "<title>Review")
+    page = page.replace("{refresh_tag}", f"<style>{STYLE}</style>")
+    return page.replace("{plot_divs}", before + plots + mark + after)
+
+
+def cell(text: object) -> str:
+    """Keep a text inside its table cell, as it is: no markup, no mention of anybody."""
+    words = " ".join(str(text).split())
+    words = words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
+    plain = re.sub(r"[\\`*_\[\]<>|~#!&$]", lambda found: f"&#{ord(found.group())};", words)
+    return plain.replace("@", "@&#8203;").replace("://", "&#58;//") or "—"
+
+
+def figure(value: float | None) -> str:
+    """Write a number as `dvc metrics diff` does."""
+    return "—" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """Write a change with its sign; metrics have four decimals, so what is smaller is none."""
+    return "—" if value is None else f"{round(value, 4):+.{digits}g}"
+
+
+def megabytes(size: int) -> str:
+    """Write bytes as megabytes."""
+    return f"{size / 1e6:.1f}" if size else "—"

@@ -1,0 +1,137 @@
+"""What a revision says about itself: parameters, metrics, answers, costs, as git tracks them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.errors import UserError
+from stages.places import place
+
+WORKSPACE = "workspace"
+METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A commit, or the files as they lie in the workspace."""
+
+    name: str
+    adapter: str | None = None  # one of conf/adapters: its results instead of the default adapter's
+
+    def read(self, path: str) -> str | None:
+        """Return a file's text, None where the revision lacks it."""
+        path = str(place(path, self.adapter)) if path.startswith("metrics/") else path
+        if self.name == WORKSPACE:
+            return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else None
+        shown = _git("show", f"{self.name}:./{path}")
+        return shown.stdout if shown.returncode == 0 else None
+
+    def json(self, path: str) -> Any:
+        """Return a JSON file's value, an empty mapping where there is none."""
+        return json.loads(self.read(path) or "{}")
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """Every parameter by its dotted name."""
+        params = flat(yaml.safe_load(self.read("params.yaml") or "{}"))
+        params.pop("conf_digest", None)
+        return params
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Every metric by its name."""
+        return {name: value for path in METRICS for name, value in flat(self.json(path)).items()}
+
+    @cached_property
+    def prompts(self) -> list[dict[str, Any]]:
+        """Every test prompt with its answers and scores."""
+        lines = (self.read("metrics/predictions.jsonl") or "").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @cached_property
+    def lock(self) -> dict[str, Any]:
+        """What dvc.lock says of every stage."""
+        return (yaml.safe_load(self.read("dvc.lock") or "{}") or {}).get("stages", {})
+
+    def cost(self, stage: str) -> dict[str, float]:
+        """Return the seconds and the peak memory of a stage's last run."""
+        name, _, adapter = stage.removeprefix("adapters_").partition("@")
+        return replace(self, adapter=adapter or None).json(f"metrics/runtime/{name}.json")
+
+    def table(self, path: str) -> list[dict[str, Any]]:
+        """Return the rows of a CSV file or of a JSON list; numbers are numbers."""
+        text = self.read(path)
+        if text is None:
+            return []
+        if path.endswith(".json"):
+            return json.loads(text)
+        return [
+            {key: _number(value) for key, value in row.items()}
+            for row in csv.DictReader(io.StringIO(text))
+        ]
+
+
+def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        deeper = isinstance(value, dict) and value
+        found |= flat(value, f"{above}{key}.") if deeper else {f"{above}{key}": value}
+    return found
+
+
+def find_base(given: str | None) -> Revision:
+    """Return what to compare with: what was given, else where this branch left main, else the last commit."""
+    for name in [given] if given else ["origin/main", "main"]:
+        if _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").returncode == 0:
+            return Revision(name) if given else _fork_point(name)
+    raise UserError(
+        f"{given or 'main'} is no commit of this repository: give one, as in `lab review HEAD~1`"
+    )
+
+
+def _fork_point(branch: str) -> Revision:
+    """Return where HEAD left a branch; on the branch itself, its last commit, or the one before."""
+    base, head = (
+        _git(*words).stdout.strip()
+        for words in (("merge-base", branch, "HEAD"), ("rev-parse", "HEAD"))
+    )
+    if base and base != head:
+        return Revision(_git("rev-parse", "--short", base).stdout.strip())
+    dirty = _git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    parent = _git("rev-parse", "--verify", "--quiet", "HEAD~1").returncode == 0
+    return Revision("HEAD" if dirty or not parent else "HEAD~1")
+
+
+def describe(revision: Revision) -> str:
+    """Name a revision as people know it: what they call it, its commit, its subject."""
+    if revision.name == WORKSPACE:
+        dirty = _git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        head = _git("log", "-1", "--format=%h (%s)").stdout.strip()
+        return f"{head} with uncommitted changes" if dirty else head
+    return _git("log", "-1", "--format=%h (%s)", revision.name).stdout.strip()
+
+
+def changed_files(base: Revision) -> list[str]:
+    """Return the files that differ between a commit and the workspace."""
+    return _git("diff", "--name-only", "--relative", base.name).stdout.split("\n")[:-1]
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *words], capture_output=True, text=True)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

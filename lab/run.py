@@ -1,0 +1,90 @@
+"""Run what changed on this machine, and share it: check, pull what is needed, compute, push.
+
+lab run                                    # dvc repro
+lab run -S finetune.max_steps=200          # dvc exp run
+lab run -S model=phi35_mini --name phi     # a name for the experiment
+
+It prints the dvc commands that it runs; they do the same when typed by hand.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from typing import Annotated
+
+import typer
+
+from lab import doctor, remote
+from stages.errors import UserError
+
+
+def run(
+    stages: Annotated[
+        list[str] | None, typer.Argument(help="Only these and what they need [default: all].")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-S", "--set-param", metavar="KEY=VALUE", help="As in `dvc exp run`, repeatable."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The experiment's name [default: random].")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Files on their way at once [default: .dvc/config's].")
+    ] = None,
+) -> None:
+    """Pull what changed stages need, run them, push artefacts, run cache and experiment."""
+    preflight()
+    targets = stages or []
+    if overrides or name:
+        name = name or random_name()
+        settings = [word for override in overrides or [] for word in ("-S", override)]
+        dvc("exp", "run", "--pull", "--allow-missing", "--name", name, *settings, *targets)
+    else:
+        dvc("repro", "--pull", "--allow-missing", *targets)
+    dvc("push", "--run-cache", *(["--jobs", str(jobs)] if jobs else []))
+    if name:
+        push_experiment(name)
+
+
+def preflight() -> None:
+    """Raise `UserError` for what would otherwise be found out after the computing."""
+    found = remote.load()
+    found.check()
+    found.check_writing()
+    doctor.disk()
+
+
+def push_experiment(name: str) -> None:
+    """Send the experiment's commit to the git remote, for the others to apply."""
+    git = subprocess.run(["git", "remote"], capture_output=True, text=True).stdout.split()
+    if not git:
+        print(f"No git remote: experiment {name} stays in this clone (its artefacts are pushed)")
+        return
+    origin = "origin" if "origin" in git else git[0]
+    dvc("exp", "push", "--no-cache", origin, name)
+    print(
+        f"Elsewhere: dvc exp pull --no-cache {origin} {name}, then dvc exp branch {name} BRANCH "
+        "and git switch BRANCH; dvc pull fetches the models"
+    )
+
+
+def random_name() -> str:
+    """Return a name as `dvc exp run` would give."""
+    from dvc.repo.experiments.utils import gen_random_name
+
+    return gen_random_name()
+
+
+def dvc(*words: str) -> None:
+    """Print a dvc command and run it; its failure is ours."""
+    print(f"$ {shlex.join(['dvc', *words])}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "lab.dvc", *words])
+    if done.returncode:
+        raise UserError(
+            f"dvc {words[0]} failed (above); nothing is lost, the same command goes on from there"
+        )

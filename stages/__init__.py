@@ -1,0 +1,23 @@
+"""The stages of the pipeline, one module each, named like the DVC stage that runs it.
+
+Importing this package turns telemetry off before any library can read its switch, and keeps the model hub
+for the stage that fetches: PEFT asks it about every base model that it saves an adapter of. A process that
+runs a module of this package dies with its parent.
+"""
+
+import os
+import sys
+
+from stages.parent import die_with_parent
+
+if sys.argv[0] == "-m":  # `python -m stages.quantize`: Python is still looking for the module
+    die_with_parent()
+for _switch in (
+    "DO_NOT_TRACK",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "OLIVE_DISABLE_TELEMETRY",
+    "ORT_DISABLE_TELEMETRY",
+):
+    os.environ.setdefault(_switch, "1")
+if "stages.fetch" not in sys.orig_argv:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,91 @@
+"""Where activation-aware scales can be folded, for each family of decoder layers.
+
+A scale on the input channels of some linears is undone in the module that produces that input: a norm
+or another linear. This table is all that AWQ has to know about Llama/SmolLM2, Mistral, Qwen and Phi-3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stages.errors import UserError
+
+FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears that read the same input, and the module that produces it.
+
+    Of a fused linear producer, only the output rows from `first_row` on make the input. Each of them
+    feeds `repeat` input channels: grouped-query attention repeats every value head.
+    """
+
+    consumers: tuple[nn.Linear, ...]
+    producer: nn.Module
+    first_row: int = 0
+    repeat: int = 1
+    head_dim: int = 1
+
+    def spread(self, channels: torch.Tensor) -> torch.Tensor:
+        """Repeat one value per produced channel, [produced], over the input channels, [in]."""
+        heads = channels.view(-1, self.head_dim)
+        return heads.repeat_interleave(self.repeat, dim=0).flatten()
+
+    def gather(self, channels: torch.Tensor) -> torch.Tensor:
+        """Average one value per input channel, [in], over the channels it is repeated to, [produced]."""
+        heads = channels.view(-1, self.repeat, self.head_dim)
+        return heads.mean(dim=1).flatten()
+
+    @torch.no_grad()
+    def fold(self, scales: torch.Tensor) -> None:
+        """Multiply the consumers' input channels by `scales`, [produced], and divide the producer."""
+        for linear in self.consumers:
+            linear.weight.mul_(self.spread(scales).to(linear.weight.dtype))
+        weight = self.producer.weight[self.first_row :]
+        weight.div_(scales.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
+        if getattr(self.producer, "bias", None) is not None:
+            self.producer.bias[self.first_row :].div_(scales.to(weight.dtype))
+
+
+def check_family(config) -> None:
+    """Raise `UserError` for a model whose layers are not in the table."""
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"quantize.method awq does not know model type {config.model_type!r} "
+            f"(known: {', '.join(sorted(FAMILIES))}): use quantize=rtn or quantize=gptq"
+        )
+
+
+def projections(config) -> dict[str, str]:
+    """Return the linears of a decoder layer by name, with the block that holds each."""
+    fused = config.model_type == "phi3"
+    attention = ["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"]
+    gates = ["gate_up_proj"] if fused else ["gate_proj", "up_proj"]
+    blocks = {"self_attn": [*attention, "o_proj"], "mlp": [*gates, "down_proj"]}
+    return {name: block for block, names in blocks.items() for name in names}
+
+
+def linear_groups(layer: nn.Module, config) -> list[LinearGroup]:
+    """Return the groups of one decoder layer in forward order."""
+    attention, mlp = layer.self_attn, layer.mlp
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    repeat = config.num_attention_heads // config.num_key_value_heads
+    if hasattr(attention, "qkv_proj"):  # Phi-3: fused projections
+        inputs, value = (attention.qkv_proj,), attention.qkv_proj
+        gates, up = (mlp.gate_up_proj,), mlp.gate_up_proj
+        first_value = value.out_features - config.num_key_value_heads * head_dim
+        first_up = config.intermediate_size
+    else:
+        inputs, value = (attention.q_proj, attention.k_proj, attention.v_proj), attention.v_proj
+        gates, up = (mlp.gate_proj, mlp.up_proj), mlp.up_proj
+        first_value = first_up = 0
+    return [
+        LinearGroup(inputs, layer.input_layernorm),
+        LinearGroup((attention.o_proj,), value, first_value, repeat, head_dim),
+        LinearGroup(gates, layer.post_attention_layernorm),
+        LinearGroup((mlp.down_proj,), up, first_up),
+    ]

@@ -1,0 +1,1 @@
+"""Olive passes of our own: activation-aware quantization and optional LoRA inputs."""

@@ -1,0 +1,158 @@
+"""How a stage runs: alone, quietly, all or nothing.
+
+    if __name__ == "__main__":
+        run(quantize)                # quantize(settings) -> what it made, in words
+
+`run` validates params.yaml, leases a GPU where there is one, turns every error that a user can cause into
+one line and a non-zero exit, and writes what the run cost (seconds, peak memory) to
+metrics/runtime/<stage>.json. Those figures never repeat, so they stay outside dvc.lock.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from stages.errors import UserError
+from stages.lease import lease_gpus
+from stages.places import place
+from stages.settings import Settings, load
+
+RUNTIME = place("metrics/runtime")
+RAN_OUT = {
+    "No space left on device|os error 28|PytorchStreamWriter failed|[Dd]isk quota exceeded": (
+        "the disk is full: free some space, then run `dvc repro` again"
+    ),
+    "MemoryError|OutOfMemoryError|out of memory|bad_alloc|bad allocation|[Aa]llocate memory": (
+        "out of memory: close other programs or choose a smaller model"
+    ),
+}
+
+
+def run(stage: Callable[[Settings], str]) -> None:
+    """Run one stage as a process of its own; the process's exit code says whether it succeeded."""
+    name = stage.__name__
+    be_quiet()
+    with one_line_errors(name):
+        settings = load()
+        waited = lease_gpus(name, settings)
+        made = stage(settings)
+        # the imports are part of the stage, waiting for a GPU is not
+        seconds = time.time() - psutil.Process().create_time() - waited
+        cost = {"seconds": round(seconds, 1), **peak_memory()}
+        write_json(RUNTIME / f"{name}.json", cost)
+        print(f"{name}: {made} in {cost['seconds']} s, peak memory {cost['peak_memory_gib']} GiB")
+
+
+@contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """Exit 1 with one line for whatever a user can put right; a bug still shows its traceback."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
+    except Exception as error:
+        if reason := what_ran_out(error):
+            sys.exit(f"{name}: {reason}")
+        raise
+
+
+def what_ran_out(error: Exception) -> str | None:
+    """Say that memory or the disk ran out, and what to do; None where it was something else.
+
+    Only Python itself has exceptions of their own for that: torch, safetensors and ONNX Runtime say it
+    in words.
+    """
+    text = f"{type(error).__name__}: {error}"
+    return next((advice for words, advice in RAN_OUT.items() if re.search(words, text)), None)
+
+
+def be_quiet() -> None:
+    """Silence third-party chatter; progress bars stay."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep what a talkative library prints to itself, unless it fails."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        try:
+            with redirect_stdout(said), redirect_stderr(said):
+                yield
+        except Exception:
+            said.seek(0)
+            sys.stderr.write(said.read())
+            raise
+
+
+@contextmanager
+def written_beside(target: str | Path) -> Iterator[Path]:
+    """Yield a path beside `target` to write to; rename it over `target` only when all went well."""
+    target = Path(target)
+    beside = target.with_name(f".{target.name}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove(beside)
+    try:
+        yield beside
+        if beside.is_dir() or target.is_dir():  # only a file takes another file's place in one step
+            _remove(target)
+        beside.replace(target)
+    finally:
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, all or nothing."""
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def size_of(path: str | Path) -> int:
+    """Return the bytes of a file, or of all files below a folder."""
+    path = Path(path)
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def in_megabytes(size: int) -> str:
+    """Write a number of bytes as people read it."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the peak resident memory of this process, and of the GPU where one was used, in GiB."""
+    peak = {"peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return peak

@@ -1,0 +1,351 @@
+"""The typed schema of params.yaml: what every section may hold, checked before any work.
+
+    settings = load()                # in a stage: the whole of params.yaml, validated
+    settings.finetune.max_steps
+
+An unknown key, a wrong type or an impossible value raises `UserError` in one line that names the key
+and says what is allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from stages.errors import UserError
+from stages.places import adapter_name
+
+PARAMS = Path("params.yaml")
+COMPOSE = "run `python -m stages.params`, which composes it from conf/"
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PypiSource(Section):
+    """A wheel on PyPI that carries a GGUF file."""
+
+    kind: Literal["pypi"]
+    package: str
+    version: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    file: str
+
+
+class HubSource(Section):
+    """A repository on the Hugging Face hub, pinned to a commit."""
+
+    kind: Literal["hf"]
+    repo_id: Annotated[str, Field(pattern="^[^/]+/[^/]+$")]
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+
+
+class CatalogueSource(Section):
+    """A version of a model in an Azure ML registry."""
+
+    kind: Literal["azureml"]
+    uri: Annotated[str, Field(pattern="^azureml://registries/[^/]+/models/[^/]+/versions/[^/]+$")]
+
+
+class PathSource(Section):
+    """A local folder in Hugging Face format, pinned where its digest is given."""
+
+    kind: Literal["path"]
+    path: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+
+class RandomSource(Section):
+    """Random weights in a given architecture: for tests, and for time and memory at full scale."""
+
+    kind: Literal["random"]
+    vocab_size: Annotated[int, Field(ge=300)]
+    corpus: str
+    architecture: dict[str, Any]
+
+
+Source = Annotated[
+    PypiSource | HubSource | CatalogueSource | PathSource | RandomSource,
+    Field(discriminator="kind"),
+]
+
+
+class Model(Section):
+    """conf/model: which base model, and from where."""
+
+    name: str
+    source: Source
+    group_size: Positive
+
+
+class Data(Section):
+    """conf/data: the rows, their templates and how they are split."""
+
+    path: str
+    prompt: str
+    response: str
+    system: str | None
+    answer_column: str | None
+    group_column: str | None
+    fact_column: str | None
+    transfer_groups: NotNegative
+    validation_groups: NotNegative
+    validation_share: Annotated[float, Field(gt=0, lt=1)]
+    test_share: Annotated[float, Field(gt=0, lt=1)]
+    seed: NotNegative
+
+    @model_validator(mode="after")
+    def leaves_something_to_train_on(self) -> Data:
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share + test_share must be below 1")
+        return self
+
+
+class Quantize(Section):
+    """conf/quantize: how weights become 4-bit."""
+
+    method: Literal["awq", "rtn", "gptq"]
+    bits: Literal[4, 8]
+    group_size: Positive
+    symmetric: bool
+    lm_head_bits: Literal[4, 8, 16]
+    embedding_bits: Literal[4, 8, 16]
+    eight_bit_modules: list[str]
+    scale_grid: Positive
+    clip_grid: Positive
+    clip_min: Annotated[float, Field(gt=0, le=1)]
+    calibration_sequences: Positive
+    calibration_length: Annotated[int, Field(ge=16)]
+    perplexity_sequences: NotNegative
+
+    @field_validator("group_size")
+    @classmethod
+    def is_a_block_of_the_kernel(cls, size: int) -> int:
+        if size not in (16, 32, 64, 128, 256):
+            raise ValueError("must be 16, 32, 64, 128 or 256")
+        return size
+
+    @field_validator("eight_bit_modules")
+    @classmethod
+    def keeps_attention_together(cls, names: list[str]) -> list[str]:
+        if 0 < len({"q_proj", "k_proj", "v_proj"} & set(names)) < 3:
+            raise ValueError("must name q_proj, k_proj and v_proj together: the graph fuses them")
+        return names
+
+
+class Finetune(Section):
+    """conf/finetune: how the LoRA adapter is trained."""
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Share
+    use_rslora: bool
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    max_steps: Positive
+    batch_size: Positive
+    max_length: Annotated[int, Field(ge=16)]
+    lr: Annotated[float, Field(gt=0, le=1)]
+    warmup_steps: NotNegative
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    weight_decay: Annotated[float, Field(ge=0)]
+    eval_steps: Positive
+    validation_rows: Positive
+    base: Literal["dequantized", "packed"]
+    gradient_checkpointing: bool
+    num_processes: Positive
+    seed: NotNegative
+
+    @model_validator(mode="after")
+    def splits_evenly(self) -> Finetune:
+        if self.batch_size % self.num_processes:
+            raise ValueError("num_processes must divide batch_size")
+        return self
+
+
+class Optimize(Section):
+    """conf/optimize: which ONNX graph is built, for which execution provider."""
+
+    execution_provider: Literal["cpu", "cuda", "dml", "webgpu"]
+    precision: Literal["int4", "fp16", "fp32"]
+    accuracy_level: Literal[1, 4] | None
+    merge: bool
+
+    @model_validator(mode="after")
+    def has_kernels(self) -> Optimize:
+        if self.execution_provider == "cpu" and self.precision == "fp16":
+            raise ValueError("optimize.precision is 'fp16': must be int4 or fp32 on the cpu")
+        return self
+
+
+class Speed(Section):
+    """How time to first token and decode speed are measured."""
+
+    prompt_tokens: Positive
+    new_tokens: Annotated[int, Field(ge=2)]
+    warmup: NotNegative
+    repeats: Positive
+
+
+class Health(Section):
+    """The checks that a broken export fails first."""
+
+    long_prompt_tokens: Positive
+
+
+class Gate(Section):
+    """What one metric must keep to; numbers are in the metric's own unit."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    regression: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def asks_for_something_possible(self) -> Gate:
+        limits = (self.minimum, self.maximum)
+        if None not in limits and self.minimum > self.maximum:
+            raise ValueError("minimum must not be above maximum")
+        if limits == (None, None) and self.regression is None:
+            raise ValueError("must have a minimum, a maximum or a regression")
+        return self
+
+
+class Task(Section):
+    """One task of lm-evaluation-harness."""
+
+    fewshot: NotNegative = 0
+    limit: Positive | None = None
+
+
+class Evaluate(Section):
+    """conf/evaluate: what is measured on the test split, and what `lab review` insists on."""
+
+    prompts: Positive
+    max_new_tokens: Positive
+    near_tie: Annotated[float, Field(gt=0, le=1)]
+    largest_tie: Annotated[float, Field(gt=0)]
+    speed: Speed
+    health: Health
+    tasks: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_.-]+$")], Task] = {}
+    task_folder: str | None = None
+    gates: dict[str, Gate] = {}
+    seed: NotNegative
+
+
+class Adapter(Section):
+    """conf/adapters: one more adapter on the same base, where it differs from data and finetune."""
+
+    data: Data
+    finetune: Finetune
+
+
+class Settings(Section):
+    """The whole of params.yaml."""
+
+    model: Model
+    data: Data
+    quantize: Quantize
+    finetune: Finetune
+    optimize: Optimize
+    evaluate: Evaluate
+    adapters: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], Adapter] = {}
+    seed: NotNegative
+    conf_digest: str
+
+    @model_validator(mode="after")
+    def has_lora_inputs_for_every_adapter(self) -> Settings:
+        """The graph's inputs follow finetune.target_modules; a further adapter may use fewer of them."""
+        inputs = self.finetune.target_modules
+        for name, own in self.adapters.items():
+            wanted = own.finetune.target_modules
+            if inputs != "all-linear" and (wanted == "all-linear" or set(wanted) - set(inputs)):
+                raise ValueError(
+                    f"adapters.{name}.finetune.target_modules is {wanted}: "
+                    f"must be some of finetune.target_modules, {inputs}"
+                )
+        return self
+
+    def of_adapter(self, name: str | None) -> Settings:
+        """Return the settings that one adapter is made with; those of the default one for None."""
+        if name is None:
+            return self
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UserError(
+                f"{name} is no adapter of params.yaml (conf/adapters): there is {known}"
+            )
+        own = self.adapters[name]
+        return self.model_copy(update={"data": own.data, "finetune": own.finetune})
+
+
+def load(path: Path = PARAMS) -> Settings:
+    """Read and validate params.yaml, for the adapter that this process works on.
+
+    Raises `UserError` naming the key that is wrong.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
+    except FileNotFoundError:
+        raise UserError(f"no {path} here: in the repository's root, {COMPOSE}") from None
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path}: {error.full_key} is open (???): give it with -S") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}: {COMPOSE}") from None
+    except (OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no sections: {COMPOSE}")
+    return validate(values).of_adapter(adapter_name())
+
+
+def validate(values: dict[str, Any]) -> Settings:
+    """Turn the composed configuration into `Settings`. Raises `UserError` for the first bad keys."""
+    try:
+        return Settings.model_validate(with_defaults(values))
+    except ValidationError as error:
+        raise UserError("; ".join(map(_describe, error.errors()[:3]))) from None
+
+
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Give every named adapter the settings of data and finetune that it does not set itself."""
+    adapters = values.get("adapters")
+    if not isinstance(adapters, dict) or not all(
+        isinstance(own, dict) for own in adapters.values()
+    ):
+        return values
+    merged = {
+        name: {**own, **{part: _merged(values, own, part) for part in ("data", "finetune")}}
+        for name, own in adapters.items()
+    }
+    return {**values, "adapters": merged}
+
+
+def _merged(values: dict[str, Any], own: dict[str, Any], part: str) -> Any:
+    default, overrides = values.get(part), own.get(part) or {}
+    both = isinstance(default, dict) and isinstance(overrides, dict)
+    return {**default, **overrides} if both else overrides
+
+
+def _describe(error: dict[str, Any]) -> str:
+    """Say one of pydantic's errors as a user would: key, value, what is allowed."""
+    where = [str(part) for part in error["loc"]]
+    if where[:2] == ["model", "source"]:  # pydantic puts the kind of source between the keys
+        del where[2:3]
+    key = ".".join(part for part in where if part != "literal['all-linear']")
+    if error["type"] == "extra_forbidden":
+        return f"{key} is not a known key (see conf/{key.split('.')[0]}/)"
+    if error["type"] == "missing":
+        return f"{key} is missing (see conf/{key.split('.')[0]}/)"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{key} is {error['input']!r}: {message}" if key else message

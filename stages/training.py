@@ -1,0 +1,274 @@
+"""Train the adapter: what every process of the finetune stage runs, one per GPU.
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m stages.training
+
+TRL trains on whole rows packed end to end, and only on the answers. A killed run leaves checkpoints
+outside DVC's outputs; the next run with the same settings, rows and base goes on from the last one and
+ends with the same adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations.liger import apply_liger_kernel
+from trl import SFTConfig, SFTTrainer
+
+from stages.chats import Row, answer_ids, prompt_ids, read_rows
+from stages.checkpoint import load_dequantized, load_packed, load_tokenizer
+from stages.errors import UserError
+from stages.hardware import device, fast_dtype
+from stages.lora_product import fuse_products
+from stages.packed_attention import PACKED, boundaries
+from stages.places import place
+from stages.running import (
+    RUNTIME,
+    be_quiet,
+    one_line_errors,
+    peak_memory,
+    write_json,
+    written_beside,
+)
+from stages.settings import Finetune, load
+
+QUANTIZED = Path("models/quantized")
+PREPARED = place("data/prepared")
+ADAPTER = place("models/adapter")
+METRICS = place("metrics/raw/finetune.json")
+COST = RUNTIME / "training.json"
+CHECKPOINTS = place("models/.finetune")
+# Norms, activations and rotations in one kernel each; the loss is our own.
+LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+def train(options: Finetune) -> None:
+    """Load, train, save the adapter and its loss curve."""
+    set_seed(options.seed)
+    tokenizer = load_tokenizer(QUANTIZED)
+    train, validation = load_rows(tokenizer, options)
+    model = load_base(options)
+    check_targets(model, options)
+    trainer = make_trainer(model, tokenizer, train, validation, options)
+    fuse_products(trainer.model)
+    checkpoint = last_complete_checkpoint()
+    if checkpoint and trainer.is_world_process_zero():
+        print(f"finetune: goes on from step {checkpoint.rpartition('-')[2]}", flush=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        with written_beside(ADAPTER) as folder:
+            save(trainer.accelerator.unwrap_model(trainer.model), folder)
+        write_json(METRICS, loss_curve(trainer))
+        write_json(COST, training_cost(trainer))
+
+
+def load_base(options: Finetune) -> torch.nn.Module:
+    """Return the frozen base in the fast dtype: dequantized, or packed to save memory."""
+    load = load_packed if options.base == "packed" else load_dequantized
+    model = load(QUANTIZED, fast_dtype())
+    if device() == "cuda":
+        model.set_attn_implementation(PACKED)
+        apply_liger_kernel(model, LIGER)
+    else:  # torch's fused kernel with a mask takes twice as long there as plain matrix products
+        model.set_attn_implementation("eager")
+    return model
+
+
+def load_rows(tokenizer: PreTrainedTokenizerBase, options: Finetune) -> tuple[list[Row], list[Row]]:
+    """Return training rows and a sample of validation rows. Raises if one does not fit."""
+    train, validation = (read_rows(PREPARED / f"{n}.jsonl") for n in ("train", "validation"))
+    validation = validation[:: max(1, len(validation) // options.validation_rows)]
+    for row in train + validation:
+        length = len(prompt_ids(tokenizer, row)) + len(answer_ids(tokenizer, row))
+        if length > options.max_length:
+            raise UserError(
+                f"finetune.max_length is {options.max_length}, but a row has {length} tokens: "
+                f"{row['prompt'][-1]['content'][:60]!r}"
+            )
+    return train, validation
+
+
+def check_targets(model: torch.nn.Module, options: Finetune) -> None:
+    """Raise unless every name in finetune.target_modules is a linear of the model."""
+    if options.target_modules == "all-linear":
+        return
+    linears = {
+        name.rpartition(".")[2]
+        for name, module in model.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    if unknown := set(options.target_modules) - linears:
+        raise UserError(
+            f"finetune.target_modules has {sorted(unknown)[0]!r}: "
+            f"must be all-linear or some of {', '.join(sorted(linears))}"
+        )
+
+
+class AnswerTrainer(SFTTrainer):
+    """TRL's trainer, with logits for the answers' tokens alone.
+
+    Its own fused head also computes entropy and accuracy for logging: a CPU spends more time on those
+    than on the rest of the step.
+    """
+
+    tokens_seen = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the mean cross entropy of the answers' tokens in one packed row, [1, tokens]."""
+        targets = inputs.pop("labels")[0, 1:]
+        self.tokens_seen += len(targets) + 1 if model.training else 0
+        kept = (targets != -100).nonzero()[:, 0]
+        if device() == "cuda":
+            inputs |= boundaries(inputs["position_ids"])
+        outputs = model(**inputs, use_cache=False, logits_to_keep=kept)
+        total = cross_entropy(outputs.logits[0].float(), targets[kept], reduction="sum")
+        if num_items_in_batch is None:
+            loss = total / len(kept)
+        else:  # tokens of all processes, whose gradients DDP will average
+            loss = total * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+def keep_or_clear_checkpoints(options: Finetune) -> None:
+    """Keep the checkpoints that a killed run of the same settings and inputs left, clear others.
+
+    They live outside DVC's outputs, which DVC removes before it starts the stage.
+    """
+    wanted = fingerprint(options)
+    mark = CHECKPOINTS / "fingerprint"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != wanted:
+        shutil.rmtree(CHECKPOINTS, ignore_errors=True)
+        CHECKPOINTS.mkdir(parents=True)
+        mark.write_text(wanted, encoding="utf-8")
+
+
+def last_complete_checkpoint() -> str | None:
+    """Return the newest checkpoint whose last file, the trainer's state, was written to its end."""
+    steps = {int(f.name.rpartition("-")[2]): f for f in CHECKPOINTS.glob("checkpoint-*")}
+    for _, folder in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            return str(folder)
+    return None
+
+
+def fingerprint(options: Finetune) -> str:
+    """Return a sha256 over the settings, the rows, the base weights and the code that trains."""
+    digest = hashlib.sha256(f"{options.model_dump_json()} torch {torch.__version__}".encode())
+    folders = {PREPARED: "*.jsonl", QUANTIZED: "*.safetensors", Path(__file__).parent: "*.py"}
+    for file in [file for folder, files in folders.items() for file in sorted(folder.glob(files))]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def make_trainer(model, tokenizer, train, validation, options: Finetune) -> AnswerTrainer:
+    """Put model, data and settings into TRL's trainer."""
+    return AnswerTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=training_arguments(options),
+        train_dataset=as_dataset(train),
+        eval_dataset=as_dataset(validation),
+        peft_config=lora_config(options),
+    )
+
+
+def as_dataset(rows: list[Row]) -> Dataset:
+    """Return the two columns that TRL trains on."""
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
+
+
+def lora_config(options: Finetune) -> LoraConfig:
+    """Return PEFT's description of the adapter."""
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        use_rslora=options.use_rslora,
+        target_modules=options.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def training_arguments(options: Finetune) -> SFTConfig:
+    """Translate conf/finetune into TRL's arguments; nothing is uploaded or logged elsewhere."""
+    return SFTConfig(
+        output_dir=str(CHECKPOINTS),
+        use_cpu=device() == "cpu",
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size // options.num_processes,
+        per_device_eval_batch_size=options.batch_size // options.num_processes,
+        max_length=None,  # checked above: nothing is cut
+        completion_only_loss=True,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        eval_strategy="steps",
+        eval_steps=options.eval_steps,
+        logging_steps=5,
+        save_strategy="steps",
+        save_steps=options.eval_steps,
+        save_total_limit=1,
+        report_to=[],
+        ddp_find_unused_parameters=False,  # every adapter matrix is in every step
+        ddp_backend="gloo" if options.num_processes > 1 and device() == "cpu" else None,
+        seed=options.seed,
+        data_seed=options.seed,
+        bf16=False,  # no autocast: the base is in the fast dtype already, the adapter in float32
+        padding_free=True,  # rows end to end, each with positions of its own, so none sees another
+        gradient_checkpointing=options.gradient_checkpointing,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def save(model, folder: Path) -> None:
+    """Save the adapter in PEFT's format, with its settings in an order that does not change."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = str(QUANTIZED)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def loss_curve(trainer: AnswerTrainer) -> dict[str, Any]:
+    """Return the training and validation loss by step, and the last of each."""
+    history = trainer.state.log_history
+    train = [{"step": e["step"], "loss": round(e["loss"], 4)} for e in history if "loss" in e]
+    validation = [
+        {"step": e["step"], "loss": round(e["eval_loss"], 4)} for e in history if "eval_loss" in e
+    ]
+    return {"train": train, "validation": validation}
+
+
+def training_cost(trainer: AnswerTrainer) -> dict[str, float]:
+    """Return the seconds of the training loop, its tokens per second and the GPU memory that it took."""
+    seconds = next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e)
+    tokens = trainer.tokens_seen * trainer.accelerator.num_processes
+    cost = {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds)}
+    return cost | peak_memory()
+
+
+def main() -> None:
+    """Train as one of several processes; the stage started them all."""
+    be_quiet()
+    with one_line_errors("finetune"):
+        train(load().finetune)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A remote that cannot be reached, refuses, or goes away half-way: seconds, one line, nothing lost."""
+
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from blob_service import (
+    BYTES,
+    FILES,
+    Container,
+    account_sas,
+    cloned,
+    fault_limit,
+    lab,
+    settings,
+    start,
+)
+from conftest import output_of
+
+from lab import azurite as emulator
+from lab import dvc as lab_dvc
+from lab.remote import Remote, need_answer
+from stages.errors import UserError
+
+pytestmark = pytest.mark.azure
+
+
+def with_sas(container: Container, permission: str) -> str:
+    endpoint = f"http://127.0.0.1:{container.azurite.port}/{emulator.ACCOUNT}"
+    return f'"BlobEndpoint={endpoint};SharedAccessSignature={account_sas(permission)}"'
+
+
+@pytest.mark.parametrize("command", [["run"], ["fsck"], ["doctor"], ["dvc", "push"]])
+def test_a_wrong_key_is_named(command, laptop, container):
+    wrong = emulator.connection_string(container.azurite.port, key="A" * 86 + "==")
+    container.connect(laptop, connection_string=wrong)
+    said = lab(laptop, *command, exits=1, soon=True)
+    assert "rejects the connection string (account devstoreaccount1)" in said
+    assert ("ok    clock" in said) == (command == ["doctor"])  # a wrong one may be why
+    assert "Traceback" not in said
+    assert "AAAAAA" not in said
+    assert container.objects() == {}
+
+
+def test_a_read_only_sas_pulls_and_is_refused_before_anything_is_computed(
+    colleague, pushed, container
+):
+    container.connect(colleague, connection_string=with_sas(container, "rl"))
+    lab(colleague, "dvc", "pull")
+    (colleague.root / "params.yaml").write_text(settings(steps=2))
+    said = lab(colleague, "run", exits=1, soon=True)
+    assert "Storage Blob Data Contributor, or a SAS with racwdl" in said
+    assert "Running stage" not in said
+
+
+def test_a_key_that_cannot_be_one_is_named(laptop, container):
+    container.connect(laptop, connection_string="nonsense")
+    assert "cannot be read" in lab(laptop, "run", exits=1, soon=True)
+
+
+@pytest.fixture
+def silent_proxy(monkeypatch) -> Iterator[None]:
+    """A proxy in front of Azure that takes connections and never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, address)
+        yield
+
+
+def test_no_credentials_at_all(laptop, container, silent_proxy):
+    container.connect(laptop, account_name="somelab")
+    said = lab(laptop, "run", exits=1, soon=True)
+    assert "not signed in to Azure: run `az login`" in said
+
+
+def test_a_network_that_swallows_the_sign_in(laptop, container, silent_proxy):
+    principal = dict.fromkeys(("tenant_id", "client_id", "client_secret"), "mine")
+    container.connect(laptop, account_name="somelab", **principal)
+    assert "does not answer: check the network" in lab(laptop, "run", exits=1, soon=True)
+
+
+def test_a_name_server_that_stays_silent(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: threading.Event().wait())
+    with pytest.raises(UserError, match="does not answer: check the network"):
+        need_answer("https://somelab.blob.core.windows.net/c", Remote("c", "", {}))
+
+
+def test_a_name_that_nobody_has(monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(UserError, match="cannot be found: check the network, and the account"):
+        need_answer("https://somelab.blob.core.windows.net/c", Remote("c", "", {}))
+
+
+def test_a_clone_as_it_comes_computes_and_says_how_to_get_a_remote(made, tmp_path):
+    clone = cloned(made, tmp_path / "clone")
+    for command in ("run", "fsck"):
+        said = lab(clone, command, exits=1, soon=True)
+        assert "the remote is not set up: `lab remote setup`" in said
+    assert "Running stage 'make'" in clone.dvc("repro")
+    assert "does not answer" in lab(clone, "dvc", "push", exits=1, soon=True)
+
+
+def test_a_container_that_is_not_there(laptop, container):
+    container.client.delete_container()
+    said = lab(laptop, "run", exits=1, soon=True)
+    assert f"has no container {container.name!r}: lab remote setup creates it" in said
+    assert f"has no container {container.name!r}" in lab(laptop, "dvc", "push", exits=1, soon=True)
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["fsck"], ["doctor"], ["dvc", "push"], ["dvc", "pull"]]
+)
+def test_a_remote_that_is_off(command, laptop, container, dead_port):
+    nobody = emulator.connection_string(dead_port)
+    container.connect(laptop, connection_string=nobody)
+    said = lab(laptop, *command, exits=1, soon=True)
+    assert "does not answer" in said
+    assert "Traceback" not in said
+
+
+def test_a_remote_is_given_up_after_two_silences_in_a_row_not_after_one(monkeypatch):
+    answers = iter([False, True, False, False])
+    monkeypatch.setattr(lab_dvc, "answers", lambda _: next(answers))
+    monkeypatch.setattr(lab_dvc, "give_up", lambda _: sys.exit())
+    monkeypatch.setattr(lab_dvc, "PAUSE", 0)
+    for name in ("QUIET", "PATIENCE"):
+        monkeypatch.setattr(lab_dvc, name, -1)  # over before they begin
+    traffic = lab_dvc.Traffic()
+    traffic.waiting = 1
+    with pytest.raises(SystemExit):
+        traffic.run()
+    assert list(answers) == []
+
+
+@pytest.mark.parametrize("way", ["cut", "silent"])
+def test_a_remote_that_goes_away_during_a_push_ends_it_and_loses_nothing(
+    way, laptop, container, line
+):
+    breaking = line(way, after=5 * BYTES)
+    container.connect(laptop, connection_string=breaking.connection_string)
+    limit = fault_limit()
+    push = start(laptop, "dvc", "push", "--jobs", "1")
+    assert breaking.broken.wait(120)
+    broke = time.monotonic()
+    said = output_of(push)
+    assert time.monotonic() - broke < limit, said
+    assert push.returncode != 0
+    assert "does not answer: what has arrived there is kept" in said
+    assert 0 < len(container.objects()) < FILES
+    breaking.mend()
+    lab(laptop, "dvc", "push")
+    assert "0 of them" in lab(laptop, "fsck", "--deep")
+
+
+def test_a_remote_that_goes_away_during_a_pull_leaves_nothing_half_done(colleague, pushed, line):
+    breaking = line("cut", after=5 * BYTES)
+    pushed.connect(colleague, connection_string=breaking.connection_string)
+    assert "does not answer" in lab(colleague, "dvc", "pull", "--jobs", "1", exits=1)
+    assert breaking.broken.is_set()
+    assert not (colleague.root / "models/base").exists()
+    breaking.mend()
+    lab(colleague, "dvc", "pull")
+    assert "up to date" in colleague.dvc("status")
+
+
+def test_a_push_that_is_killed_again_and_again_ends_whole(laptop, container, line):
+    dice = random.Random(7)
+    for _ in range(4):  # together they cannot send everything
+        breaking = line("silent", after=dice.randrange(BYTES, FILES * BYTES // 5))
+        container.connect(laptop, connection_string=breaking.connection_string)
+        push = laptop.start(sys.executable, "-m", "dvc", "push", "--run-cache")
+        assert breaking.broken.wait(120)
+        push.kill()
+        output_of(push)
+    container.connect(laptop)
+    laptop.dvc("push", "--run-cache")
+    assert "0 of them" in lab(laptop, "fsck", "--deep")

@@ -1,0 +1,204 @@
+"""Submitting: a second machine runs what changed, the laptop gets it back, and nobody else hears of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import stages_that_ran
+
+from .cloud import REMOTE
+from .conftest import files_of
+from .service import HOME
+
+pytestmark = [pytest.mark.azure, pytest.mark.slow]
+
+RETRAINED = ["finetune", "adapt", "evaluate", "report"]
+SECRETS = {
+    ".dvc/config.local": "['remote \"other\"']\n    url = azure://x\n    account_key = hush-hush\n",
+    ".env": "TOKEN=hush-hush",
+    ".env.production": "TOKEN=hush-hush",
+    "config.json": '{"subscription_id": "hush-hush"}',
+    ".azureml/config.json": '{"subscription_id": "hush-hush"}',
+    "server.pem": "hush-hush",
+    "deep/down/id_rsa": "hush-hush",
+}
+
+
+def log_of(cloud, job: str) -> str:
+    return cloud.datastore.download_blob(f"logs/{job}/user_logs/std_log.txt").readall().decode()
+
+
+def submitted(output: str) -> list[str]:
+    return re.findall(r"^Submitted (\S+)", output, re.MULTILINE)
+
+
+def snapshot(cloud) -> dict[str, bytes]:
+    """Return the files that the last job got, by path."""
+    (job, *_) = cloud.service.children(f"{HOME}/jobs")
+    folder = cloud.folder / f"{job['name']}.snapshot"
+    cloud.download(cloud.machines.code_of(job["properties"]), folder)
+    return files_of(folder)
+
+
+def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, network, tmp_path):
+    laptop.dvc("push", "--run-cache")
+    old = (laptop.root / "models/adapter/adapter_model.safetensors").read_bytes()
+    laptop.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 3")
+
+    output = laptop.lab("submit")
+    (job,) = submitted(output)
+    assert stages_that_ran(log_of(cloud, job)) == RETRAINED
+    assert stages_that_ran(output.partition("Execution Summary")[2]) == []
+
+    params = yaml.safe_load((laptop.root / "params.yaml").read_text())
+    assert params["finetune"]["max_steps"] == 3
+    assert stages_that_ran(laptop.dvc("repro")) == []
+    assert (laptop.root / "models/adapter/adapter_model.safetensors").read_bytes() != old
+
+    laptop.commit()
+    assert "version 1" in laptop.lab("register")
+    assert "nothing to do" in laptop.lab("register")
+    from lab.azureml import workspace
+
+    workspace.find().connect().models.download("ft-for-travel", "1", download_path=tmp_path / "got")
+    (onnx,) = (tmp_path / "got").rglob("onnx")
+    for folder in ("onnx", "onnx_adapter"):
+        assert files_of(onnx.parent / folder) == files_of(laptop.root / "models" / folder)
+    (line,) = laptop.lab("jobs").splitlines()
+    assert line.split()[:2] == [job, "Completed"]
+    assert "=" in line
+    assert cloud.relay.reached >= {"management.azure.com", "login.microsoftonline.com"}
+
+
+def test_a_sweep_computes_once_what_its_jobs_share(laptop, cloud):
+    laptop.dvc("push", "--run-cache")
+    output = laptop.lab("submit", "-S", "quantize.bits=8", "--sweep", "finetune.rank=2,4")
+    common, *jobs = submitted(output)
+    assert sorted(stages_that_ran(log_of(cloud, common))) == ["optimize", "quantize"]
+    for job in jobs:
+        assert stages_that_ran(log_of(cloud, job)) == RETRAINED
+    shown = json.loads(laptop.dvc("exp", "show", "--json"))
+    names = {found["name"] for rev in shown for found in (rev.get("experiments") or [])}
+    assert names == set(jobs)
+    assert laptop.git("status", "--porcelain") == ""
+    laptop.lab("jobs", "--restore", jobs[1])
+    assert yaml.safe_load((laptop.root / "params.yaml").read_text())["finetune"]["rank"] == 4
+    assert stages_that_ran(laptop.dvc("repro", "--pull", "--allow-missing")) == []
+
+
+def test_a_laptop_without_models_submits_and_restores_later(laptop, cloud):
+    laptop.dvc("push", "--run-cache")
+    laptop.run("rm", "-r", ".dvc/cache", "models", "data/prepared", "metrics/raw")
+    cloud.machines.free.clear()
+    output = laptop.lab("submit", "--detach", "-S", "evaluate.max_new_tokens=6")
+    (job,) = submitted(output)
+    assert f"job {job} is " in laptop.lab("jobs", "--restore", job, exits=1)
+    cloud.machines.wait()
+    quality = (laptop.root / "metrics/quality.json").read_text()
+    (laptop.root / "metrics/quality.json").write_text("computed here meanwhile")
+    assert "metrics/quality.json changed here" in laptop.lab("jobs", "--restore", job, exits=1)
+    (laptop.root / "metrics/quality.json").write_text(quality)
+    assert "Restored without computing" in laptop.lab("jobs", "--restore", job)
+    assert not (laptop.root / "models").exists()
+    assert stages_that_ran(laptop.dvc("repro", "--pull", "--allow-missing")) == []
+
+
+def test_a_sweep_brings_back_the_jobs_that_did_not_fail(laptop, cloud, monkeypatch):
+    laptop.dvc("push", "--run-cache")
+    begin = cloud.machines.begin
+    broken = {"command": "exit 1"}
+    monkeypatch.setattr(
+        cloud.machines,
+        "begin",
+        lambda job, home: begin(job | broken if "tokens=6" in job["command"] else job, home),
+    )
+    output = laptop.lab("submit", "--sweep", "evaluate.max_new_tokens=6,7", exits=1)
+    failed, completed = submitted(output)
+    assert output.splitlines()[-1].startswith(f"lab: {failed} failed: its log")
+    assert f"Restored without computing: {completed}" in output
+    assert completed in laptop.dvc("exp", "list", "--name-only")
+
+
+def test_a_network_that_is_lost_loses_no_job_and_a_retry_brings_all_of_it(laptop, cloud):
+    laptop.dvc("push", "--run-cache")
+    cloud.machines.free.clear()
+    process = laptop.start(
+        sys.executable, "-m", "lab.cli", "submit", "-S", "evaluate.max_new_tokens=6"
+    )
+    while process.poll() is None and not any(
+        path.endswith("/details") for _, path in cloud.service.calls
+    ):
+        time.sleep(0.1)
+    cloud.relay.cut()
+    output, _ = process.communicate(timeout=600)
+    (job,) = submitted(output)
+    assert f"the job runs on: lab jobs --restore {job}" in output.splitlines()[-1]
+
+    cloud.relay.mend()
+    cloud.machines.wait()
+    cloud.relay.cut(f"{REMOTE}.blob.core.windows.net")
+    assert f"lab jobs --restore {job} tries again" in laptop.lab("jobs", "--restore", job, exits=1)
+    cloud.relay.mend()
+    assert "Restored without computing" in laptop.lab("jobs", "--restore", job)
+    assert stages_that_ran(laptop.dvc("repro")) == []
+
+
+def test_a_failed_job_ends_in_one_line_and_changes_nothing(laptop, cloud):
+    data = laptop.root / "data/travel.jsonl"
+    data.write_text(data.read_text() + '{"prompt": "half a r\n')
+    output = laptop.lab("submit", exits=1)
+    assert "prepare: data/travel.jsonl line" in output
+    assert "failed: its log" in output.splitlines()[-1]
+    assert laptop.git("status", "--porcelain").split() == ["M", "data/travel.jsonl"]
+
+
+def test_no_secret_cache_or_model_is_in_the_snapshot(laptop, cloud):
+    for name, text in SECRETS.items():
+        (laptop.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (laptop.root / name).write_text(text)
+    laptop.git("add", "--force", ".env", "server.pem", "deep/down/id_rsa")
+    laptop.lab("submit", "--detach")
+    found = snapshot(cloud)
+    tracked = set(laptop.git("ls-files").split())
+    left_out = ("tests/", "benchmarks/", "docs/", "azurite/")
+    assert found.keys() == {
+        name for name in tracked - SECRETS.keys() if not name.startswith(left_out)
+    }
+    assert not [name for name, data in found.items() if b"hush-hush" in data]
+    assert all(len(data) < 1e6 for data in found.values())
+
+
+def test_amlignore_alone_keeps_secrets_caches_and_models_back(laptop):
+    from azure.ai.ml._utils._asset_utils import get_ignore_file, get_upload_files_from_folder
+
+    for name, text in SECRETS.items():
+        (laptop.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (laptop.root / name).write_text(text)
+    paths = get_upload_files_from_folder(laptop.root, ignore_file=get_ignore_file(laptop.root))
+    found = {path.removeprefix(f"{laptop.root}/") for path, _ in paths}
+    tracked = set(laptop.git("ls-files").split())
+    assert found <= tracked
+    assert {"dvc.yaml", "dvc.lock", "stages/finetune.py", ".dvc/config"} <= found
+
+
+def test_the_environment_is_our_lock_and_the_job_has_no_secret(laptop, cloud):
+    laptop.lab("submit", "--detach")
+    (job,) = cloud.service.children(f"{HOME}/jobs")
+    properties = job["properties"]
+    assert properties["identity"]["identityType"] == "Managed"
+    assert "hush-hush" not in json.dumps(properties)
+    (environment,) = cloud.service.children(
+        f"{HOME}/environments/CliV2AnonymousEnvironment/versions"
+    )
+    uri = environment["properties"]["build"]["contextUri"]
+    cloud.download(uri, cloud.folder / job["name"])
+    context = files_of(cloud.folder / job["name"])
+    assert context["cuda.txt"] == (laptop.root / "requirements/cuda.txt").read_bytes()
+    assert context["azure.txt"] == (laptop.root / "requirements/azure.txt").read_bytes()
+    assert len(context) <= 100
+    assert sum(map(len, context.values())) < 1e6

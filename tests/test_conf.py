@@ -1,0 +1,200 @@
+"""Every file in conf/ composes to valid settings; every mistake is one line that names the key."""
+
+import copy
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+from dvc.utils.hydra import compose_and_dump
+
+from stages import params as guard
+from stages.errors import UserError
+from stages.settings import load, validate
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+GROUPS = [folder.name for folder in sorted(CONF.iterdir()) if folder.is_dir()]
+OPTIONS = [
+    f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))
+]
+NEEDED = {"model=local": ["model.source.path=/somewhere"]}  # what an option asks the user for
+
+
+@pytest.fixture
+def compose(tmp_path, monkeypatch):
+    """Compose conf/ with overrides, as `dvc exp run -S` does, and load it, as a stage does."""
+    monkeypatch.chdir(ROOT)
+
+    def composed(*overrides: str):
+        params = tmp_path / "params.yaml"
+        compose_and_dump(str(params), str(CONF), None, "config", ".", list(overrides))
+        return load(params)
+
+    return composed
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_to_valid_settings(compose, option):
+    settings = compose(option, *NEEDED.get(option, []))
+    assert settings.conf_digest
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_opens_with_the_command_that_runs_it(option):
+    group, _, name = option.partition("=")
+    lines = (CONF / group / f"{name}.yaml").read_text().splitlines()[:2]
+    if group != "data":
+        assert any(line.startswith("# dvc exp run -S ") for line in lines)
+
+
+def test_every_group_names_its_options_in_config_yaml():
+    text = (CONF / "config.yaml").read_text()
+    assert [group for group in GROUPS if f"  - {group}: " not in text] == []
+
+
+def test_what_an_option_leaves_open_must_be_given(compose):
+    with pytest.raises(UserError, match=r"model\.source\.path"):
+        compose("model=local")
+
+
+def test_options_change_what_their_name_says(compose):
+    assert compose("quantize=rtn").quantize.method == "rtn"
+    assert compose("finetune=rslora").finetune.use_rslora is True
+    assert compose("optimize=cpu_fp32").optimize.precision == "fp32"
+    assert compose("experiment=attention_only").finetune.target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_given_value_beats_an_experiment(compose):
+    assert compose("experiment=long", "finetune.max_steps=7").finetune.max_steps == 7
+    assert compose("experiment=quick", "quantize=gptq").quantize.method == "gptq"
+
+
+def test_the_group_size_follows_the_model(compose):
+    assert compose("model=qwen25_0_5b").quantize.group_size == 128
+
+
+def test_one_seed_reaches_every_section(compose):
+    settings = compose("seed=7")
+    assert {settings.data.seed, settings.finetune.seed, settings.evaluate.seed} == {7}
+
+
+MISTAKES = {
+    "an unknown key": (
+        "finetune.steps",
+        3,
+        "finetune.steps is not a known key (see conf/finetune/)",
+    ),
+    "an unknown section": ("training", {}, "training is not a known key"),
+    "a text for a number": ("finetune.max_steps", "ten", "finetune.max_steps is 'ten': must be a"),
+    "a number for a switch": ("quantize.symmetric", 1, "quantize.symmetric is 1: must be a"),
+    "rank 0": ("finetune.rank", 0, "finetune.rank is 0: must be greater than 0"),
+    "no steps": ("finetune.max_steps", -1, "finetune.max_steps is -1: must be greater than 0"),
+    "five bits": ("quantize.bits", 5, "quantize.bits is 5: must be 4 or 8"),
+    "an odd group size": (
+        "quantize.group_size",
+        48,
+        "quantize.group_size is 48: must be 16, 32, 64",
+    ),
+    "an unknown method": (
+        "quantize.method",
+        "hqq",
+        "quantize.method is 'hqq': must be 'awq', 'rtn' o",
+    ),
+    "no modules": ("finetune.target_modules", [], "finetune.target_modules is []: "),
+    "an unpinned wheel": ("model.source.sha256", "latest", "model.source.sha256 is 'latest': "),
+    "a source of no known kind": ("model.source.kind", "ftp", "model.source"),
+    "shares that leave nothing": (
+        "data.test_share",
+        0.8,
+        "validation_share + test_share must be belo",
+    ),
+    "a learning rate of NaN": ("finetune.lr", float("nan"), "finetune.lr is nan"),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_key(params, key, value, message):
+    values = copy.deepcopy(params)
+    *above, last = key.split(".")
+    section = values
+    for part in above:
+        section = section[part]
+    section[last] = value
+    with pytest.raises(UserError) as error:
+        validate(values)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_named(params):
+    values = copy.deepcopy(params)
+    del values["evaluate"]["speed"]["repeats"]
+    with pytest.raises(UserError, match=r"evaluate\.speed\.repeats is missing"):
+        validate(values)
+
+
+def test_params_yaml_that_is_no_mapping_is_one_line(tmp_path):
+    (tmp_path / "params.yaml").write_text("seed: [1\n")
+    with pytest.raises(UserError, match=r"params\.yaml"):
+        load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("- 1\n")
+    with pytest.raises(UserError):
+        load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "it was missing or unreadable"),
+        (
+            "<<<<<<< ours\nseed: 1\n=======\nseed: 2\n>>>>>>> theirs\n",
+            "it was missing or unreadable",
+        ),
+        ("- 1\n", "it was missing or unreadable"),
+        ("conf_digest: of another conf\n", "conf/ changed"),
+    ],
+)
+def test_params_yaml_that_cannot_be_used_is_composed_again(tmp_path, monkeypatch, text, reason):
+    for name in ("conf", "hydra_plugins"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        guard.PARAMS.write_text(text)
+    with pytest.raises(UserError) as error:
+        load()
+    assert text == "conf_digest: of another conf\n" or "python -m stages.params" in str(error.value)
+    with pytest.raises(UserError, match=f"{reason}, so params.yaml was composed again"):
+        guard.guard()
+    guard.guard()
+    guard.check_strictly()
+
+
+@pytest.fixture
+def conf_digest():
+    """The function behind `${conf_digest:}`."""
+    file = ROOT / "hydra_plugins/conf_digest.py"
+    spec = importlib.util.spec_from_file_location("conf_digest", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.conf_digest
+
+
+def test_the_digest_changes_with_every_edit_and_only_then(conf_digest, tmp_path):
+    conf = Path(shutil.copytree(CONF, tmp_path / "conf"))
+    digests = [conf_digest(conf)]
+    assert digests == [conf_digest(CONF)]
+    (conf / "notes.txt").write_text("no part of the configuration")
+    assert conf_digest(conf) == digests[0]
+    for edit in (
+        lambda: (conf / "model/tiny.yaml").write_bytes(b"# edited\n"),
+        lambda: (conf / "model/tiny.yaml").rename(conf / "model/small.yaml"),
+        lambda: (conf / "model/small.yaml").unlink(),
+    ):
+        edit()
+        digests.append(conf_digest(conf))
+    assert len(set(digests)) == 4
+
+
+def test_the_committed_params_are_what_conf_composes_to(params, conf_digest):
+    assert params["conf_digest"] == conf_digest()

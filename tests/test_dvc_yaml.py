@@ -1,0 +1,167 @@
+"""dvc.yaml keeps the rules that make its stages restorable, and every setting is somebody's input."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LISTED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+STAGES = {name: stage for name, stage in LISTED.items() if "foreach" not in stage}
+ADAPTERS = {n: stage["do"] for n, stage in LISTED.items() if n.startswith("adapters_")}
+BENCHMARK = LISTED["benchmark"]
+CHEAP = {
+    "params",
+    "report",
+}  # the only stages whose outputs git tracks, so that DVC cannot restore them
+# how a stage runs, fails and finds its files: nothing that a result could depend on
+NO_RESULT_DEPENDS_ON = {"errors", "lease", "parent", "places", "running", "settings"}
+NOBODYS_INPUT = {
+    "model.group_size": "only the default of quantize.group_size",
+    "seed": "only the default of the sections' own seeds",
+    "evaluate.gates": "judged in review, changes no output",
+    "evaluate.task_folder": "read by `benchmark`, of which there is none by default",
+    "conf_digest": "read by the guard alone",
+}
+
+
+def outputs(stage: dict) -> dict[str, dict]:
+    """Return a stage's outputs of every kind with their options."""
+    listed = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+    return {
+        k: v for out in listed for k, v in (out if isinstance(out, dict) else {out: {}}).items()
+    }
+
+
+def test_only_the_cheap_stages_have_outputs_outside_the_cache():
+    uncached = {
+        name
+        for name, stage in STAGES.items()
+        if any(options.get("cache") is False for options in outputs(stage).values())
+    }
+    assert uncached == CHEAP
+
+
+def test_no_expensive_stage_keeps_outputs_between_runs_or_always_runs():
+    for name in STAGES.keys() - CHEAP:
+        assert not STAGES[name].get("always_changed"), name
+        assert not any(o.get("persist") for o in outputs(STAGES[name]).values()), name
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_the_module_of_its_name_and_depends_on_it(name):
+    assert STAGES[name]["cmd"] == f"python -m stages.{name}"
+    assert f"stages/{name}.py" in STAGES[name]["deps"]
+    assert importlib.util.find_spec(f"stages.{name}") is not None
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_code_that_a_stage_depends_on_exists(name):
+    code = [dep for dep in STAGES[name]["deps"] if dep.startswith(("stages/", "lab/"))]
+    assert [dep for dep in code if not (ROOT / dep).is_file()] == []
+
+
+def imported(module: str) -> set[str]:
+    """Return the modules of stages/ that a module imports, directly or through others, itself included."""
+    found, left = set(), [module]
+    while left:
+        name = left.pop()
+        if name not in found and name.split(".")[0] not in NO_RESULT_DEPENDS_ON:
+            found.add(name)
+            left += imports_of(ROOT / f"stages/{name.replace('.', '/')}.py")
+    return found
+
+
+def imports_of(file: Path) -> list[str]:
+    """Return the modules of stages/ that stand in a file's import statements."""
+    statements = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+    names = [n.module for n in statements if (n.module or "").startswith("stages.")]
+    names += [f"stages.{a.name}" for n in statements if n.module == "stages" for a in n.names]
+    return [name.removeprefix("stages.") for name in names]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_all_code_that_its_results_depend_on(name):
+    listed = {dep for dep in STAGES[name]["deps"] if dep.startswith("stages/")}
+    needed = {f"stages/{module.replace('.', '/')}.py" for module in imported(name)}
+    assert needed - listed == set()
+
+
+def test_every_setting_is_a_dependency_or_known_to_need_none():
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    watched = {key for stage in STAGES.values() for key in stage.get("params", [])}
+    unwatched = [key for key in leaves(settings) if not is_watched(key, watched)]
+    assert [key for key in unwatched if not is_watched(key, NOBODYS_INPUT.keys())] == []
+    assert not NOBODYS_INPUT.keys() & watched
+
+
+def test_every_watched_setting_exists():
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for key in {key for stage in STAGES.values() for key in stage.get("params", [])}:
+        value = settings
+        for part in key.split("."):
+            assert part in value, key
+            value = value[part]
+
+
+def test_no_setting_has_a_name_that_the_run_cache_leaves_out():
+    """DVC drops every key `size` and `nfiles` from the run cache's key, parameters included.
+
+    A stage whose parameter is named so gets another value's results back, silently.
+    """
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    names = {part for key in leaves(settings) for part in key.split(".")}
+    assert names.isdisjoint({"size", "nfiles"})
+
+
+def leaves(settings: dict, above: str = "") -> list[str]:
+    """Return the dotted names of all settings."""
+    names = []
+    for key, value in settings.items():
+        deeper = isinstance(value, dict)
+        names += leaves(value, f"{above}{key}.") if deeper else [f"{above}{key}"]
+    return names
+
+
+def is_watched(key: str, watched: set[str]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[:length]) in watched for length in range(1, len(parts) + 1))
+
+
+def test_a_benchmark_runs_for_every_task_and_keeps_its_metrics_in_the_cache():
+    assert BENCHMARK["foreach"] == "${evaluate.tasks}"
+    assert BENCHMARK["do"]["metrics"] == ["metrics/raw/benchmark/${key}.json"]
+    code = [dep for dep in BENCHMARK["do"]["deps"] if dep.startswith("stages/")]
+    assert [dep for dep in code if not (ROOT / dep).is_file()] == []
+
+
+def shared_with_the_default(paths: list[str]) -> list[str]:
+    """Return the paths of a named adapter's stage as the default adapter's stage names them."""
+    return [path.replace("adapters/${key}/", "") for path in paths]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_named_adapter_goes_through_the_stages_of_the_default_one(name):
+    own, default = ADAPTERS[name], STAGES[name.removeprefix("adapters_")]
+    assert LISTED[name]["foreach"] == "${adapters}"
+    assert own["cmd"] == f"LAB_ADAPTER=${{key}} {default['cmd']}"
+    code = [dep for dep in own["deps"] if dep.startswith("stages/")]
+    assert code == [dep for dep in default["deps"] if dep.startswith("stages/")]
+    made = shared_with_the_default(list(outputs(own)))
+    assert made == [path.removesuffix("/") for path in outputs(default)]
+    assert set(default.get("params", [])) <= set(own.get("params", []))
+
+
+def test_a_named_adapter_waits_for_no_other_but_the_default():
+    for stage in ADAPTERS.values():
+        paths = [*stage["deps"], *outputs(stage)]
+        assert all("${key}" in path for path in paths if "adapters/" in path)
+
+
+def test_the_graph_does_not_depend_on_the_training():
+    assert [k for k in STAGES["optimize"]["params"] if k.startswith("finetune")] == [
+        "finetune.target_modules"
+    ]
+    assert not {"models/adapter", "data/prepared"} & set(STAGES["optimize"]["deps"])

@@ -1,0 +1,125 @@
+"""Experiments: shown with the columns that decide, promoted into conf/ with their results."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, stages_that_ran
+
+from lab.experiments.edits import compose, leaves, write_into
+from stages.errors import UserError
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A copy of conf/ to edit."""
+    monkeypatch.chdir(ROOT)
+    return Path(shutil.copytree(ROOT / "conf", tmp_path / "conf"))
+
+
+def nested(flat: dict) -> dict:
+    """The opposite of `leaves`."""
+    values: dict = {}
+    for key, value in flat.items():
+        *above, last = key.split(".")
+        section = values
+        for part in above:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        (["finetune.max_steps=200"], ["finetune.max_steps=200"]),
+        (["quantize=rtn"], ["quantize=rtn"]),
+        (["quantize=rtn", "quantize.lm_head_bits=4"], ["quantize=rtn", "quantize.lm_head_bits=4"]),
+        (["finetune=rslora", "finetune.lr=2e-4"], ["finetune=rslora", "finetune.lr=0.0002"]),
+        (["experiment=attention_only"], ["finetune.target_modules=['q_proj', 'v_proj']"]),
+        (["model=qwen25_0_5b"], ["model=qwen25_0_5b"]),
+        (["+adapters.mine={data:{path:x.jsonl}}"], ["adapters=exp"]),
+        (["evaluate.gates.onnx_mb.maximum=99"], ["evaluate.gates.onnx_mb.maximum=99"]),
+    ],
+)
+def test_what_an_experiment_overrode_is_written_where_it_belongs(conf, overrides, changes):
+    wanted = compose(conf, *overrides)
+    assert write_into(conf, nested(wanted), "exp") == changes
+    assert compose(conf) == wanted
+
+
+def test_comments_and_other_lines_stay(conf):
+    wanted = compose(conf, "finetune.rank=32", "quantize=rtn")
+    write_into(conf, nested(wanted), "exp")
+    for file, changed in (("finetune/lora.yaml", "rank: "), ("config.yaml", "- quantize: ")):
+        before, after = ((c / file).read_text().splitlines() for c in (ROOT / "conf", conf))
+        assert len(before) == len(after)
+        differ = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+        assert len(differ) == 1, differ
+        assert changed in differ[0][0]
+    assert "rank: 32  # adapter rank" in (conf / "finetune/lora.yaml").read_text()
+
+
+def test_what_conf_cannot_express_is_named(conf):
+    wanted = compose(conf, "evaluate/gates=none")
+    with pytest.raises(UserError, match=r"conf/ cannot express evaluate\.gates\."):
+        write_into(conf, nested(wanted), "exp")
+
+
+@pytest.mark.slow
+def test_a_promoted_experiment_is_the_new_default_with_its_results(project):
+    project.dvc("exp", "run", "--temp", "--name", "more", "-S", "finetune.max_steps=3")
+    shown = project.python("lab.cli", "exp", "--csv")
+    header = shown.splitlines()[0].split(",")
+    assert "finetune.max_steps" in header
+    assert not [name for name in header if "/" in name or "runtime" in name or "base" in name]
+    output = project.python("lab.cli", "promote", "more")
+    assert "finetune.max_steps=3" in output
+    assert project.git("status", "--short") == ""
+    assert "Promote experiment more" in project.git("log", "-1", "--format=%B")
+    assert "max_steps: 3" in (project.root / "conf/experiment/shrunk.yaml").read_text()
+    project.python("stages.params", "--strict")
+    project.python("lab.cli", "review", "--stages")
+    assert stages_that_ran(project.dvc("repro")) == []
+
+
+@pytest.mark.slow
+def test_promoting_loses_no_work_and_names_what_stands_in_the_way(project):
+    project.dvc("exp", "run", "--temp", "--name", "more", "-S", "finetune.max_steps=3")
+    missing = project.python("lab.cli", "promote", "none-such", exits=1)
+    assert missing.startswith("lab: none-such is no experiment of this repository")
+    project.replace("README.md", "# olive-lab", "# My lab")
+    assert "uncommitted changes (README.md)" in project.python(
+        "lab.cli", "promote", "more", exits=1
+    )
+    assert "# My lab" in (project.root / "README.md").read_text()
+    project.commit()
+    late = project.python("lab.cli", "promote", "more", exits=1)
+    assert "was run on commit" in late
+
+
+@pytest.mark.slow
+def test_an_experiment_that_ran_with_edited_code_is_not_promoted_without_it(project):
+    project.replace("stages/finetune.py", '"""Train a LoRA', '"""Fit a LoRA')
+    project.dvc("exp", "run", "--temp", "--name", "edited", "-S", "finetune.max_steps=3")
+    project.git("restore", "stages/finetune.py")
+    output = project.python("lab.cli", "promote", "edited", exits=1)
+    assert output.startswith("lab: edited ran with an edited stages/finetune.py: commit that edit")
+    assert len(output.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_experiment_without_its_results_says_at_once_what_to_pull(project):
+    project.dvc("exp", "run", "--temp", "--name", "more", "-S", "finetune.max_steps=3")
+    shutil.rmtree(project.root / ".dvc/cache")
+    project.dvc("remote", "add", "--local", "--default", "dead", "http://127.0.0.1:1/")
+    output = project.python("lab.cli", "promote", "more", exits=1)
+    assert output.startswith("lab: models/")
+    assert "`lab dvc exp pull GIT_REMOTE more` brings them" in output
+    assert len(output.splitlines()) == 1
+    assert project.git("status", "--short") == ""
+
+
+def test_leaves_are_what_a_run_can_set():
+    assert leaves(yaml.safe_load("a: {b: 1}\nc: {}\nconf_digest: x")) == {"a.b": 1}

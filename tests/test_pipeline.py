@@ -1,0 +1,234 @@
+"""The pipeline through real DVC, on the tiny model: what runs when, and what is left when it stops."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Project, stages_that_ran, wait_until
+
+from stages import random_model
+
+pytestmark = pytest.mark.slow
+
+ALL = ["fetch", "prepare", "quantize", "finetune", "optimize", "adapt", "evaluate", "report"]
+OUTPUTS = [
+    "models/base/model.safetensors",
+    "models/base/tokenizer.json",
+    "data/prepared/train.jsonl",
+    "data/prepared/validation.jsonl",
+    "data/prepared/test.jsonl",
+    "data/prepared/calibration.jsonl",
+    "models/quantized/model.safetensors",
+    "models/adapter/adapter_model.safetensors",
+    "models/onnx/model.onnx",
+    "models/onnx/genai_config.json",
+    "models/onnx/lora_inputs.json",
+    "models/onnx_adapter/adapter.onnx_adapter",
+    "metrics/raw/quantize.json",
+    "metrics/raw/finetune.json",
+    "metrics/raw/evaluate.json",
+    "metrics/raw/predictions.jsonl",
+    "metrics/quality.json",
+    "metrics/size.json",
+    "metrics/plots/loss.csv",
+    "metrics/predictions.md",
+    "metrics/plots/scores.csv",
+    "metrics/plots/tradeoff.json",
+    "metrics/predictions.jsonl",
+    "metrics/speed.json",
+]
+TINY_PHI3 = {
+    "model_type": "phi3",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+def params(project: Project) -> dict:
+    return yaml.safe_load((project.root / "params.yaml").read_text())
+
+
+def params_of_experiment(project: Project, name: str) -> dict:
+    refs = project.git("for-each-ref", "--format=%(refname)", "refs/exps").split()
+    (ref,) = [ref for ref in refs if ref.endswith(f"/{name}")]
+    return yaml.safe_load(project.git("show", f"{ref}:params.yaml"))
+
+
+def left_behind(project: Project) -> list[str]:
+    """Return the half-written files and folders that a stage forgot."""
+    return [str(p) for p in project.root.rglob("*.tmp") if ".dvc" not in p.parts]
+
+
+def in_order(stages: list[str]) -> list[str]:
+    return sorted(stages, key=ALL.index)
+
+
+def test_a_full_run_runs_every_stage_and_makes_every_output(finished):
+    log = (finished.root.parent / "repro.log").read_text()
+    assert in_order(stages_that_ran(log)) == ALL
+    assert [name for name in OUTPUTS if not (finished.root / name).is_file()] == []
+    assert left_behind(finished) == []
+    for stage in ALL:
+        cost = json.loads((finished.root / f"metrics/runtime/{stage}.json").read_text())
+        assert cost["peak_memory_gib"] > 0
+
+
+def test_every_stage_says_in_its_last_line_what_it_made_and_how_long_it_took(finished):
+    log = (finished.root.parent / "repro.log").read_text()
+    for stage in ALL:
+        (line,) = [line for line in log.splitlines() if line.startswith(f"{stage}: ")]
+        assert " s, peak memory " in line
+
+
+def test_dvc_shows_the_metrics_and_the_plot(project):
+    shown = json.loads(project.dvc("metrics", "show", "--json"))[""]["data"]
+    assert shown["metrics/quality.json"]["data"]["perplexity_quantized"] > 1
+    assert shown["metrics/size.json"]["data"]["onnx_mb"] > 0
+    assert shown["metrics/speed.json"]["data"]["decode_tokens_per_s_p50"] > 0
+    plots = json.loads(project.dvc("plots", "show", "--json"))
+    assert "errors" not in plots
+    assert [point["revisions"] for point in plots["data"]["loss"]] == [["workspace"]]
+
+
+def test_a_second_repro_runs_nothing(project):
+    assert stages_that_ran(project.dvc("repro")) == []
+    assert project.git("status", "--short") == ""
+
+
+def test_lost_outputs_come_back_from_the_cache_without_running(project):
+    project.run("rm", "-r", "models", "data/prepared", "metrics/raw")
+    assert stages_that_ran(project.dvc("repro")) == []
+    assert [name for name in OUTPUTS if not (project.root / name).is_file()] == []
+
+
+def test_more_training_runs_exactly_what_depends_on_it(project):
+    before = params(project)
+    output = project.dvc("exp", "run", "-S", "finetune.max_steps=3")
+    assert in_order(stages_that_ran(output)) == ["finetune", "adapt", "evaluate", "report"]
+    before["finetune"]["max_steps"] = 3
+    assert params(project) == before
+
+
+def test_an_edit_of_conf_trips_the_guard_once_and_reruns_only_what_it_touches(project):
+    project.replace("conf/experiment/shrunk.yaml", "max_new_tokens: 8", "max_new_tokens: 6")
+    output = project.dvc("repro", exits=255)
+    assert "run dvc repro again" in output
+    assert stages_that_ran(output) == []
+    assert stages_that_ran(project.dvc("repro")) == ["evaluate", "report"]
+    assert stages_that_ran(project.dvc("repro")) == []
+
+
+def test_a_comment_in_conf_trips_the_guard_once_and_reruns_nothing(project):
+    with (project.root / "conf/finetune/lora.yaml").open("a") as file:
+        file.write("# a remark\n")
+    assert "run dvc repro again" in project.python("stages.params", exits=1)
+    assert stages_that_ran(project.dvc("repro")) == []
+
+
+def test_the_strict_guard_refuses_overrides_and_the_other_does_not(project):
+    project.python("stages.params", "--strict")
+    project.replace("params.yaml", "max_steps: 2", "max_steps: 3")
+    project.python("stages.params")
+    assert "+  max_steps: 2" in project.python("stages.params", "--strict", exits=1)
+
+
+def test_another_model_and_method_in_a_queued_experiment(project, tmp_path):
+    folder = tmp_path / "phi3"
+    random_model.make(TINY_PHI3, 400, project.root / "data/travel.jsonl", folder)
+    group = ["-S", "model=local", "-S", f"model.source.path={folder}", "-S", "model.group_size=32"]
+    project.dvc("exp", "run", "--queue", "--name", "phi", *group, "-S", "quantize=rtn")
+    project.dvc("exp", "run", "--run-all")
+    queued = params_of_experiment(project, "phi")
+    assert (queued["model"]["name"], queued["quantize"]["method"]) == ("local", "rtn")
+    assert project.git("status", "--short") == ""
+    shown = json.loads(project.dvc("exp", "diff", "HEAD", "phi", "--json"))
+    assert "perplexity_float" in shown["metrics"]["metrics/quality.json"]
+
+
+def test_rounding_to_nearest_in_a_temporary_copy_leaves_the_workspace_alone(project):
+    output = project.dvc("exp", "run", "--temp", "--name", "rounded", "-S", "quantize=rtn")
+    assert in_order(stages_that_ran(output)) == [s for s in ALL if s not in ("fetch", "prepare")]
+    assert project.git("status", "--short") == ""
+    assert params_of_experiment(project, "rounded")["quantize"]["method"] == "rtn"
+
+
+def test_a_broken_row_stops_prepare_with_its_line_and_leaves_no_result(project):
+    data = project.root / "data/travel.jsonl"
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:6], '{"prompt": "half a r', *lines[7:]]) + "\n")
+    output = project.dvc("repro", "prepare", exits=255)
+    errors = [line for line in output.splitlines() if line.startswith("prepare: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("prepare: data/travel.jsonl line 7 is not JSON")
+    assert "Traceback" not in output
+    assert not (project.root / "data/prepared").exists()
+    assert left_behind(project) == []
+
+
+def test_an_impossible_setting_stops_before_any_work(project):
+    output = project.dvc("exp", "run", "-S", "finetune.rank=0", exits=255)
+    assert "finetune.rank is 0: must be greater than 0" in output
+    assert stages_that_ran(output) == []
+
+
+def test_a_group_size_that_does_not_divide_stops_quantize(project):
+    output = project.dvc("exp", "run", "-S", "quantize.group_size=128", exits=255)
+    assert "quantize.group_size is 128: must divide the model's hidden_size 64" in output
+    assert "Traceback" not in output
+    assert not (project.root / "models/quantized").exists()
+
+
+def test_two_runs_from_clean_give_the_same_lock(finished, fresh):
+    fresh.dvc("repro")
+    assert (fresh.root / "dvc.lock").read_text() == (finished.root / "dvc.lock").read_text()
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="processes die with their parent on Linux alone"
+)
+def test_killing_dvc_kills_the_stage_even_while_it_imports(project):
+    project.run("rm", "-r", "models/quantized")
+    process = project.start(
+        sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "quantize",
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    (stage,) = wait_until(lambda: processes_with_torch(project.root, "stages.quantize"))
+    os.kill(stage, signal.SIGSTOP)  # so that it cannot end before the kill
+    process.kill()
+    process.wait()
+    wait_until(lambda: not processes_in(project.root, "stages.quantize"), seconds=60)
+    assert not (project.root / "models/quantized").exists()
+    assert stages_that_ran(project.dvc("repro")) == []  # the run cache still has it
+
+
+def processes_with_torch(folder: Path, word: str) -> list[int]:
+    """Return the processes that run `word` in a folder and have come as far as importing torch."""
+    found = []
+    for pid in processes_in(folder, word):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                found.append(pid)
+    return found
+
+
+def processes_in(folder: Path, word: str) -> list[int]:
+    """Return the processes that run `word` in a folder and are not yet dead."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().decode()
+            if word in command and Path(os.readlink(entry / "cwd")) == folder:
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found

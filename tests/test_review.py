@@ -1,0 +1,181 @@
+"""lab review: gates, the noise of test prompts, what is out of date; on a fresh clone, without a model."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT, Project
+
+from lab.review import command
+from lab.review.changes import Metric
+from lab.review.gates import verdict
+from lab.review.intervals import intervals
+from lab.review.page import cell
+from stages.errors import UserError
+from stages.settings import Gate
+
+
+def prompts(right: list[int]) -> list[dict]:
+    """Test prompts, one fact each, answered rightly or not."""
+    return [
+        {
+            "kind": "recall",
+            "question": f"question {number}",
+            "reference": f"fact {number}",
+            "parity": {"verdict": "identical"},
+            "scores": {
+                "adapter": {
+                    "exact_match": match,
+                    "rouge_l": 0.5,
+                    "chrf": 50,
+                    "negative_log_likelihood": 2.0,
+                    "tokens": 4,
+                    "ended": 1,
+                    "repetition_rate": 0.0,
+                }
+            },
+        }
+        for number, match in enumerate(right)
+    ]
+
+
+def test_the_same_answers_leave_no_doubt():
+    same = prompts([1, 0] * 20)
+    assert intervals(same, same)["recall_exact_match"] == (0, 0)
+
+
+def test_one_more_right_answer_could_be_noise_and_twenty_could_not():
+    before = prompts([0] * 40)
+    low, _ = intervals(before, prompts([1] + [0] * 39))["recall_exact_match"]
+    assert low == 0
+    low, high = intervals(before, prompts([1] * 20 + [0] * 20))["recall_exact_match"]
+    assert 0.3 < low < 0.5 < high < 0.7
+
+
+def test_without_prompts_no_interval_is_claimed():
+    assert intervals([], prompts([1])) == {}
+    assert Metric("recall_exact_match", 0.5, 0.9).verdict == "better"
+
+
+@pytest.mark.parametrize(
+    ("gate", "before", "after", "interval", "passed"),
+    [
+        (Gate(minimum=0.8), None, 0.8, None, True),
+        (Gate(minimum=0.8), None, 0.79, None, False),
+        (Gate(maximum=150), None, 151, None, False),
+        (Gate(regression=0.02), 0.9, 0.89, (-0.02, -0.001), True),
+        (Gate(regression=0.02), 0.9, 0.8, (-0.15, -0.05), False),
+        (Gate(regression=0.02), 0.9, 0.8, (-0.25, 0.05), True),  # noise could explain it
+        (Gate(regression=0.02), 0.9, 0.8, None, False),
+        (Gate(regression=0.02), 0.8, 0.9, (0.05, 0.15), True),
+        (Gate(minimum=0.8), 0.9, None, None, False),
+    ],
+)
+def test_a_gate_fails_for_what_noise_cannot_explain(gate, before, after, interval, passed):
+    assert verdict("recall_exact_match", gate, before, after, interval).passed is passed
+
+
+def test_less_is_better_for_a_perplexity():
+    gate = Gate(regression=0.2)
+    assert verdict("answer_perplexity", gate, 4.0, 3.0, (-1.2, -0.8)).passed
+    assert not verdict("answer_perplexity", gate, 4.0, 4.5, (0.3, 0.7)).passed
+
+
+def test_an_answer_stays_text_inside_its_table():
+    shown = cell("a | b <script> @somebody https://x `c`\n# d")
+    assert not set("|<`#\n") & set(shown.replace("&#", ""))
+    assert "@somebody" not in shown
+    assert "https://" not in shown
+
+
+def test_a_page_makes_its_folder_and_says_where_it_cannot_be_written(tmp_path):
+    command.write(tmp_path / "new/page.html", "page")
+    assert (tmp_path / "new/page.html").read_text() == "page"
+    for file in (tmp_path, tmp_path / "new/page.html/page.html"):
+        with pytest.raises(UserError, match=r"^--html .*: give another file$"):
+            command.write(file, "page")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no dvc.lock here"), ("<<<<<<< HEAD\na: 1\n", "unreadable"), ("", "unreadable")],
+)
+def test_without_a_dvc_lock_there_is_one_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "dvc.lock").write_text(text)
+    with pytest.raises(UserError, match=message):
+        command.inputs()
+
+
+def test_a_review_that_cannot_start_leaves_its_error_on_the_page(tmp_path):
+    """The step of the workflow, with a `lab` that only fails: its page becomes the comment."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/review.yml").read_text())
+    (step,) = [s for s in workflow["jobs"]["review"]["steps"] if s.get("name") == "lab review"]
+    lab = tmp_path / ".venv/bin/lab"
+    lab.parent.mkdir(parents=True)
+    lab.write_text("#!/bin/sh\necho 'lab: params.yaml: seed is missing' >&2\nexit 1\n")
+    lab.chmod(0o755)
+    environment = {**os.environ, "BASE": "main", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
+    done = subprocess.run(
+        ["bash", "-e", "-c", step["run"]],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "seed is missing" in done.stderr
+    page = (tmp_path / "build/review/review.md").read_text()
+    assert page.startswith("# Review")
+    assert "lab: params.yaml: seed is missing" in page
+    assert (tmp_path / "summary").read_text() == page
+
+
+@pytest.fixture
+def changed(project) -> Project:
+    """Two commits that differ in one parameter."""
+    project.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 4")
+    project.python("stages.params", exits=1)
+    project.dvc("repro")
+    project.commit()
+    return project
+
+
+@pytest.mark.slow
+def test_the_page_says_what_changed_and_needs_no_network(changed, tmp_path):
+    page = tmp_path / "review.html"
+    text = changed.python("lab.cli", "review", "HEAD~1", "--html", str(page))
+    assert "| `finetune.max_steps` | 2 | 4 |" in text
+    assert "| finetune | yes |" in text
+    assert "| quantize |  |" in text
+    html = page.read_text()
+    assert html.count("vegaEmbed(") == 3
+    assert 'src="http' not in html
+    assert "<link" not in html
+
+
+@pytest.mark.slow
+def test_metrics_diff_of_one_parameter_fits_a_terminal(changed):
+    lines = changed.dvc("metrics", "diff", "HEAD~1").splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 40
+
+
+@pytest.mark.slow
+def test_a_clone_without_models_is_reviewed_and_an_edited_stage_fails_it(changed, tmp_path):
+    for folder in ("models", "data/prepared", "metrics/raw", ".dvc/cache"):
+        shutil.rmtree(changed.root / folder)
+    changed.python("lab.cli", "review", "HEAD~1")
+    changed.replace("stages/finetune.py", '"""Train a LoRA', '"""Fit a LoRA')
+    text = changed.python("lab.cli", "review", "HEAD~1", exits=1)
+    assert "**Stage finetune is out of date**: stages/finetune.py changed" in text
+
+
+@pytest.mark.slow
+def test_a_failing_gate_ends_with_exit_code_1(changed):
+    gate = "    recall_exact_match: {minimum: 1.0}\n  prompts: 3"
+    changed.replace("conf/experiment/shrunk.yaml", "  prompts: 3", f"  gates:\n{gate}")
+    changed.python("stages.params", exits=1)
+    changed.dvc("repro")
+    text = changed.python("lab.cli", "review", "HEAD", exits=1)
+    assert "❌ **Gate recall_exact_match fails**: " in text

@@ -1,0 +1,59 @@
+"""How stages end: what a user can put right is one line, a bug is a traceback."""
+
+import errno
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from stages.errors import UserError
+from stages.running import one_line_errors, written_beside
+
+FULL = "the disk is full: free some space"
+MEMORY = "out of memory: close other programs"
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("seed is missing"), "seed is missing"),
+        (OSError(errno.ENOSPC, "No space left on device"), FULL),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), FULL),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), FULL),
+        (MemoryError(), MEMORY),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), MEMORY),
+        (RuntimeError(ALLOCATOR), MEMORY),
+        (RuntimeError("Failed to allocate memory for requested buffer of size 8"), MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MEMORY),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_line(error, line):
+    with pytest.raises(SystemExit) as end, one_line_errors("fake"):
+        raise error
+    assert str(end.value.code).startswith(f"fake: {line}")
+    assert len(str(end.value.code).splitlines()) == 1
+
+
+def test_a_bug_stays_a_traceback():
+    with pytest.raises(RuntimeError, match="shapes"), one_line_errors("fake"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def fail_half_way(file):
+    file.write_text("half of the sec")
+    raise ZeroDivisionError
+
+
+def test_a_file_or_folder_is_there_whole_or_as_it_was(tmp_path):
+    target = tmp_path / "result"
+    with written_beside(target) as beside:
+        beside.write_text("first")
+    with pytest.raises(ZeroDivisionError), written_beside(target) as beside:
+        fail_half_way(beside)
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("result", "first")]
+    for _ in range(2):  # a folder takes the place of a file, then of a folder
+        with written_beside(target) as beside:
+            beside.mkdir()
+    assert [f.name for f in tmp_path.iterdir()] == ["result"]
