@@ -75,7 +75,7 @@ repro: setup ## run the whole pipeline (dvc repro), then show its metrics
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc metrics show
 
 test: setup $(BENCH_STAMP) ## run the tests that need no Azure account and no GPU
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 -m "not azure and not gpu" $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --durations 30 -m "not azure and not gpu" $(PYTEST_ARGS)
 
 test-azure: setup ## run the tests of the Blob remote and Azure ML, all on loopback (Node.js)
 	@$(BIN)/python -m lab.azurite install

@@ -1,17 +1,17 @@
 """The stages of the pipeline, one module each, named like the DVC stage that runs it.
 
 Importing this package turns telemetry off before any library can read its switch, and keeps the model hub
-for the stage that fetches: PEFT asks it about every base model that it saves an adapter of. A process that
-runs a module of this package dies with its parent.
+for the stage that fetches: PEFT asks it about every base model that it saves an adapter of. A stage
+dies with the DVC that runs it.
 """
 
 import os
 import sys
 
-from stages.parent import die_with_parent
+from stages.parent import die_with_dvc
 
 if sys.argv[0] == "-m":  # `python -m stages.quantize`: Python is still looking for the module
-    die_with_parent()
+    die_with_dvc()
 for _switch in (
     "DO_NOT_TRACK",
     "HF_HUB_DISABLE_TELEMETRY",

@@ -55,10 +55,10 @@ MAKE_PY = """\
 import random, sys, time
 from pathlib import Path
 import yaml
-from stages.parent import die_with_parent
+from stages.parent import die_with_dvc
 from stages.running import written_beside
 
-die_with_parent()  # as stages/__init__.py does for a real stage
+die_with_dvc()  # as stages/__init__.py does for a real stage
 settings = yaml.safe_load(Path("params.yaml").read_text())
 with written_beside(sys.argv[1]) as folder:
     folder.mkdir()

@@ -1,16 +1,13 @@
 """The pipeline through real DVC, on the tiny model: what runs when, and what is left when it stops."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from conftest import Project, stages_that_ran, wait_until
+from conftest import ROOT, Project, stages_that_ran, wait_until
 
 from stages import random_model
 
@@ -193,42 +190,44 @@ def test_two_runs_from_clean_give_the_same_lock(finished, fresh):
     assert (fresh.root / "dvc.lock").read_text() == (finished.root / "dvc.lock").read_text()
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="processes die with their parent on Linux alone"
-)
-def test_killing_dvc_kills_the_stage_even_while_it_imports(project):
-    project.run("rm", "-r", "models/quantized")
-    process = project.start(
-        sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "quantize",
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    (stage,) = wait_until(lambda: processes_with_torch(project.root, "stages.quantize"))
-    os.kill(stage, signal.SIGSTOP)  # so that it cannot end before the kill
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/dash"])
+def test_killing_dvc_kills_the_stage_and_what_it_started(tmp_path, shell):
+    """Dash stays between DVC and the stage, bash does not."""
+    project = Project(tmp_path / "project")
+    project.root.mkdir()
+    (project.root / "dvc.yaml").write_text("stages:\n  wait:\n    cmd: python wait.py\n")
+    (project.root / "wait.py").write_text(WAIT)
+    project.git("init", "--quiet")
+    project.dvc("init", "--quiet")
+    process = project.start("env", f"SHELL={shell}", sys.executable, "-m", "dvc", "repro")
+    stage, child = wait_until(lambda: numbers_in(project.root / "pids"))
     process.kill()
     process.wait()
-    wait_until(lambda: not processes_in(project.root, "stages.quantize"), seconds=60)
-    assert not (project.root / "models/quantized").exists()
-    assert stages_that_ran(project.dvc("repro")) == []  # the run cache still has it
+    wait_until(lambda: not is_alive(stage) and not is_alive(child))
 
 
-def processes_with_torch(folder: Path, word: str) -> list[int]:
-    """Return the processes that run `word` in a folder and have come as far as importing torch."""
-    found = []
-    for pid in processes_in(folder, word):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
-                found.append(pid)
-    return found
+# A stage that starts a process and never ends.
+WAIT = f"""\
+import subprocess, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from stages.parent import die_with_dvc
+die_with_dvc()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+import os
+open("pids", "w").write(f"{{os.getpid()}} {{child.pid}}\\n")
+time.sleep(3600)
+"""
 
 
-def processes_in(folder: Path, word: str) -> list[int]:
-    """Return the processes that run `word` in a folder and are not yet dead."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes().decode()
-            if word in command and Path(os.readlink(entry / "cwd")) == folder:
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+def numbers_in(file: Path) -> list[int]:
+    """Return the numbers of a one-line file, none before it is whole."""
+    text = file.read_text() if file.exists() else ""
+    return [int(word) for word in text.split()] if text.endswith("\n") else []
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
