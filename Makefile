@@ -11,7 +11,6 @@ UPGRADE ?=
 
 BIN := .venv/bin
 STAMP := .venv/.setup-$(EXTRA)
-BENCH_STAMP := .venv/.setup-bench
 LOCKS := requirements/$(EXTRA).txt requirements/azure.txt requirements/dev.txt
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -65,16 +64,11 @@ $(STAMP): pyproject.toml $(LOCKS) | check-extra
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-# lm-evaluation-harness, for the standard benchmarks: the tests run one, users who want none need it not.
-$(BENCH_STAMP): requirements/bench.txt $(STAMP)
-	@$(BIN)/python -m pip install -q -r requirements/bench.txt
-	@touch $@
-
 repro: setup ## run the whole pipeline (dvc repro), then show its metrics
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc metrics show
 
-test: setup $(BENCH_STAMP) ## run the tests that need no Azure account and no GPU
+test: setup ## run the tests that need no Azure account and no GPU
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --durations 30 -m "not azure and not gpu" $(PYTEST_ARGS)
 
 test-azure: setup ## run the tests of the Blob remote and Azure ML, all on loopback (Node.js)
@@ -123,11 +117,8 @@ lock: ## write requirements/*.txt from pyproject.toml (UPGRADE=1: to the newest 
 	@echo "requirements/azure.txt"
 	@$(call only,azure) | $(COMPILE) -c requirements/cpu.txt -o requirements/azure.txt -
 	@$(call tidy,azure)
-	@echo "requirements/bench.txt"
-	@$(call only,bench) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -o requirements/bench.txt -
-	@$(call tidy,bench)
 	@echo "requirements/dev.txt"
-	@$(call only,dev) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -c requirements/bench.txt -o requirements/dev.txt -
+	@$(call only,dev) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -o requirements/dev.txt -
 	@$(call tidy,dev)
 	@echo "requirements/cuda.txt (=== asks for the plain torch even where a +cpu wheel is at hand)"
 	@sed -n 's/^torch==\([^ ]*\).*/torch===\1/p' requirements/cpu.txt > requirements/torch.tmp
@@ -136,7 +127,7 @@ lock: ## write requirements/*.txt from pyproject.toml (UPGRADE=1: to the newest 
 	@$(call tidy,cuda)
 
 clean: ## remove DVC outputs and build junk; keeps .venv and the DVC cache
-	rm -rf models/* models/.[!.]* metrics/raw metrics/adapters/*/raw data/prepared data/adapters
+	rm -rf models/* models/.[!.]* metrics/raw metrics/speed data/prepared
 	rm -rf build dist outputs *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './.dvc/*' -prune -exec rm -rf {} +
 	@echo "Kept: .venv and the DVC cache (.dvc/cache), so 'make repro' brings unchanged outputs back from it."

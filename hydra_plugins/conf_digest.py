@@ -1,23 +1,33 @@
-"""Adds the `${conf_digest:}` resolver, so that params.yaml says which conf/ it was composed from.
+"""The resolver `${conf_digest:}`: which conf/ a params.yaml was composed from, and that its values are valid.
 
-DVC imports this when it composes (`dvc exp run`, `python -m stages.params`).
+DVC imports the modules of hydra_plugins/ before it composes. So a wrong value is refused by
+`dvc exp run -S`, also with `--queue`, before anything is queued, written or run.
 """
 
-import hashlib
+import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the dvc command does not look for stages/ here
 
-
-def conf_digest(conf: Path = CONF) -> str:
-    """Return 16 hex digits of sha256 over the names and bytes of conf/**/*.yaml."""
-    digest = hashlib.sha256()
-    for path in sorted(conf.rglob("*.yaml")):
-        digest.update(path.relative_to(conf).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+from stages.conf import digest  # noqa: E402
+from stages.errors import UserError  # noqa: E402
+from stages.settings import validate  # noqa: E402
 
 
-OmegaConf.register_new_resolver("conf_digest", conf_digest, replace=True)
+def checked_digest(*, _root_: DictConfig) -> str:
+    """Return the digest of conf/. Raises `UserError` in one line for a composition that is not valid."""
+    composed = _root_.copy()
+    with open_dict(composed):
+        composed.conf_digest = digest(ROOT / "conf")
+    try:
+        validate(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is open (???): give it with -S") from None
+    return composed.conf_digest
+
+
+OmegaConf.register_new_resolver("conf_digest", checked_digest, replace=True)

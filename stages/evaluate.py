@@ -2,8 +2,8 @@
 
     python -m stages.evaluate        # conf/evaluate says what
 
-Answers come from onnxruntime-genai, greedily. Quality goes to metrics/raw (cached by DVC, part of
-dvc.lock); speed and memory, which never repeat, go to metrics/speed.json.
+Answers come from onnxruntime-genai, greedily. Quality goes to metrics/raw; what never repeats (speed, memory)
+goes to an output of its own, metrics/speed/decode.json.
 """
 
 from __future__ import annotations
@@ -11,31 +11,27 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from stages import parity, scores, summary
-from stages.chats import Row, answer_ids, prompt_ids, read_rows
+from stages.chats import Row, answer_ids, prompt_ids, question_of, read_rows, reference_of
 from stages.checkpoint import load_tokenizer
 from stages.decode_speed import measure_in_own_process
 from stages.generation import OnnxModel
-from stages.places import adapter_name, place
 from stages.running import run, size_of, write_json, written_beside
 from stages.settings import Evaluate, Settings
 
 ONNX = Path("models/onnx")
-ADAPTER_FILE = place("models/onnx_adapter/adapter.onnx_adapter")
-TEST = place("data/prepared/test.jsonl")
-RAW = place("metrics/raw/evaluate.json")
-PREDICTIONS = place("metrics/raw/predictions.jsonl")
-SPEED = place("metrics/speed.json")
-MERGED = place("models/onnx_adapter/merged")
+ADAPTER_FILE = Path("models/onnx_adapter/adapter.onnx_adapter")
+TEST = Path("data/prepared/test.jsonl")
+RAW = Path("metrics/raw/evaluate.json")
+PREDICTIONS = Path("metrics/raw/predictions.jsonl")
+SPEED = Path("metrics/speed/decode.json")
 ADAPTER = "adapter"
-DEFAULT_FILE = Path("models/onnx_adapter/adapter.onnx_adapter")
-DEFAULT = "default"
-Models = dict[str, tuple[OnnxModel, str | None]]
 
 
 def evaluate(settings: Settings) -> str:
@@ -44,20 +40,18 @@ def evaluate(settings: Settings) -> str:
     tokenizer = load_tokenizer(ONNX)
     rows = sample(read_rows(TEST), options)
     write_json(SPEED, speed(tokenizer, rows, options))
-    models = load_models()
-    predictions = [predict(models, tokenizer, row, options) for row in tqdm(rows, desc="answers")]
-    model, _ = models["adapter"]
+    predictions = [tokenize(tokenizer, row) for row in rows]
     long_prompt = long_prompt_of(tokenizer, options)
-    long_likelihood = model.negative_log_likelihood(long_prompt[:1], long_prompt[1:], ADAPTER)
-    health = {"long_prompt_perplexity": round(math.exp(long_likelihood.mean()), 3)}
-    long_logits = model.logits(long_prompt, ADAPTER)
-    health |= parity.compare(predictions, long_prompt, long_logits, options)
-    score(predictions)
-    metrics = summary.summarize(predictions) | health | sizes()
+    answer(OnnxModel(ONNX), "base", None, predictions, options)
+    tuned = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE})
+    answer(tuned, "adapter", ADAPTER, predictions, options)
+    metrics = {"long_prompt_perplexity": perplexity(tuned, long_prompt)}
+    metrics |= parity.compare(predictions, long_prompt, options.batch_size)
+    score(tokenizer, predictions)
+    metrics = summary.summarize(predictions) | metrics | sizes()
     write_json(RAW, metrics)
     write_predictions(predictions)
-    recall = metrics.get("recall_exact_match", metrics.get("test_exact_match"))
-    return f"{RAW} on {len(rows)} prompts (exact match {recall}, base {base_of(metrics)})"
+    return f"{RAW} on {len(rows)} prompts ({first_figure(metrics)})"
 
 
 def sample(rows: list[Row], options: Evaluate) -> list[Row]:
@@ -76,51 +70,51 @@ def speed(tokenizer, rows: list[Row], options: Evaluate) -> dict[str, float]:
     length = job.pop("prompt_tokens")
     text = [token for row in rows for token in prompt_ids(tokenizer, row)]
     prompt = (text * math.ceil(length / len(text)))[:length]
-    shipped = {"": (ONNX, ADAPTER_FILE), "_base": (ONNX, None), "_merged": (MERGED, None)}
     return {
-        name + suffix: steady(value)
-        for suffix, (folder, adapter) in shipped.items()
-        if folder.is_dir()
-        for name, value in measure_in_own_process(folder, adapter, prompt, job).items()
+        name + suffix: value
+        for suffix, adapter in {"": ADAPTER_FILE, "_base": None}.items()
+        for name, value in measure_in_own_process(ONNX, adapter, prompt, job).items()
     }
 
 
-def steady(value: float) -> float:
-    """Round to two significant digits: the third is another one on every run."""
-    return float(f"{value:.2g}")
-
-
-def load_models() -> Models:
-    """Return the base alone and with the adapter, and the merged model where conf/optimize asks for it.
-
-    A named adapter shares one base in memory with the default one, whose answers it is compared with.
-    """
-    default = {DEFAULT: DEFAULT_FILE} if adapter_name() else {}
-    model = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE, **default})
-    merged = {"merged": (OnnxModel(MERGED), None)} if MERGED.is_dir() else {}
-    rival = {DEFAULT: (model, DEFAULT)} if default else {}
-    return {"base": (model, None), "adapter": (model, ADAPTER), **merged, **rival}
-
-
-def predict(models: Models, tokenizer, row: Row, options: Evaluate) -> Row:
-    """Answer one question with every model; keep tokens, texts and likelihoods."""
-    prompt, reference = prompt_ids(tokenizer, row), answer_ids(tokenizer, row)
-    prediction = {
+def tokenize(tokenizer, row: Row) -> Row:
+    """Return what is known of a prompt before anything answers it."""
+    return {
         "kind": row["kind"],
-        "question": row["prompt"][-1]["content"],
-        "reference": row["completion"][-1]["content"],
+        "question": question_of(row),
+        "reference": reference_of(row),
         "fact": row["answer"],
-        "prompt": prompt,
+        "prompt": prompt_ids(tokenizer, row),
+        "reference_ids": answer_ids(tokenizer, row),
     }
-    for name, (model, adapter) in models.items():
-        tokens = model.generate(prompt, options.max_new_tokens, adapter)
-        prediction[name] = {
-            "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-            "tokens": tokens,
-            "ended": tokens[-1] in model.ends,
-            "likelihoods": model.negative_log_likelihood(prompt, reference, adapter).tolist(),
-        }
-    return prediction
+
+
+def answer(
+    model: OnnxModel, name: str, adapter: str | None, predictions: list[Row], options: Evaluate
+) -> None:
+    """Answer every prompt with one model; keep its tokens, and what the reference costs it."""
+    batches = list(of_one_length(predictions, options.batch_size))
+    for batch in tqdm(batches, desc=f"answers ({name})", unit="batch"):
+        prompts = [prediction["prompt"] for prediction in batch]
+        answers = model.generate_many(prompts, options.max_new_tokens, adapter)
+        references = [prediction["reference_ids"] for prediction in batch]
+        likelihoods = model.negative_log_likelihoods(prompts, references, adapter)
+        for prediction, tokens, likelihood in zip(batch, answers, likelihoods, strict=True):
+            prediction[name] = {
+                "tokens": tokens,
+                "ended": tokens[-1] in model.ends,
+                "likelihoods": likelihood.tolist(),
+            }
+
+
+def of_one_length(predictions: list[Row], size: int) -> Iterator[list[Row]]:
+    """Yield batches of at most `size` prompts with one number of tokens: so nothing needs padding."""
+    groups: dict[int, list[Row]] = {}
+    for prediction in predictions:
+        groups.setdefault(len(prediction["prompt"]), []).append(prediction)
+    for _, members in sorted(groups.items()):
+        for first in range(0, len(members), size):
+            yield members[first : first + size]
 
 
 def long_prompt_of(tokenizer, options: Evaluate) -> list[int]:
@@ -128,14 +122,29 @@ def long_prompt_of(tokenizer, options: Evaluate) -> list[int]:
     text: list[int] = []
     for row in read_rows(TEST):
         text += prompt_ids(tokenizer, row) + answer_ids(tokenizer, row)
-    return text[: options.health.long_prompt_tokens]
+    return text[: options.long_prompt_tokens]
 
 
-def score(predictions: list[Row]) -> None:
+def perplexity(model: OnnxModel, tokens: list[int]) -> float:
+    """Return the adapted model's perplexity on a text."""
+    likelihood = model.negative_log_likelihood(tokens[:1], tokens[1:], ADAPTER)
+    return round(math.exp(likelihood.mean()), 3)
+
+
+def score(tokenizer, predictions: list[Row]) -> None:
     """Add every prompt's own scores, with and without the adapter; the metrics are made of them."""
+    exact = has_exact_answers(predictions)
     for p in predictions:
-        exact = counts(p, predictions)
-        p["scores"] = {name: scores_of(p[name], p, exact) for name in summary.MODELS if name in p}
+        for name in summary.MODELS:
+            text = tokenizer.decode(p[name]["tokens"], skip_special_tokens=True)
+            p[name]["text"] = text.strip()
+        p["scores"] = {name: scores_of(p[name], p, exact(p)) for name in summary.MODELS}
+
+
+def has_exact_answers(predictions: list[Row]):
+    """Return which rows have an exact answer: those with a fact, or all where no row has one."""
+    none_has_a_fact = all(p["fact"] is None for p in predictions)
+    return lambda prediction: none_has_a_fact or prediction["fact"] is not None
 
 
 def scores_of(answer: Row, prediction: Row, exact: bool) -> dict[str, Any]:
@@ -153,20 +162,15 @@ def scores_of(answer: Row, prediction: Row, exact: bool) -> dict[str, Any]:
     }
 
 
-def counts(prediction: Row, predictions: list[Row]) -> bool:
-    """Say whether a row has an exact answer: its fact, or the whole text where no row has a fact."""
-    return prediction["fact"] is not None or all(p["fact"] is None for p in predictions)
-
-
 def sizes() -> dict[str, int]:
     """Return the bytes that an application ships."""
-    merged = {"bytes_onnx_merged": size_of(MERGED)} if MERGED.is_dir() else {}
-    return {"bytes_onnx": size_of(ONNX), "bytes_onnx_adapter": size_of(ADAPTER_FILE), **merged}
+    return {"bytes_onnx": size_of(ONNX), "bytes_onnx_adapter": size_of(ADAPTER_FILE)}
 
 
-def base_of(metrics: dict[str, float]) -> float:
-    """Return the exact match without the adapter."""
-    return metrics.get("recall_exact_match_base", metrics.get("test_exact_match_base", 0.0))
+def first_figure(metrics: dict[str, float]) -> str:
+    """Return the figure that people look at first, beside the base's."""
+    name = next(n for n in ("recall_exact_match", "test_exact_match", "chrf") if n in metrics)
+    return f"{name} {metrics[name]}, base {metrics[f'{name}_base']}"
 
 
 def write_predictions(predictions: list[Row]) -> None:
@@ -174,7 +178,7 @@ def write_predictions(predictions: list[Row]) -> None:
     with written_beside(PREDICTIONS) as beside, beside.open("w", encoding="utf-8") as stream:
         for p in predictions:
             shown = {key: p[key] for key in ("kind", "question", "reference", "fact")}
-            shown |= {name: p[name]["text"] for name in ("base", "adapter")}
+            shown |= {name: p[name]["text"] for name in summary.MODELS}
             shown |= {key: p[key] for key in ("parity", "scores")}
             stream.write(json.dumps(shown, ensure_ascii=False) + "\n")
 

@@ -1,105 +1,131 @@
-"""Guard params.yaml: it must be what conf/ composes to, give or take `dvc exp run -S` overrides.
+"""Bring params.yaml up to conf/ before any stage works.
 
-    python -m stages.params            # the first stage of dvc.yaml
-    python -m stages.params --strict   # the commit hook: no overrides either
+    python -m stages.params            # the first stage of `dvc repro`
+    python -m stages.params --strict   # the commit hook: params.yaml is exactly what conf/ says
 
-`dvc repro` never recomposes conf/, `dvc exp run` always does. So params.yaml carries a digest of conf/.
-When it matches, the file is left alone and `-S` overrides survive; otherwise conf/ was edited, and the
-file is composed again, its changes shown, and the run stopped, since DVC has already read the old one.
+`dvc exp run` always composes params.yaml from conf/, plain `dvc repro` never does. So params.yaml carries the
+digest of the conf/ that it came from: while that holds, the file is left alone and the overrides of
+`dvc exp run -S` live; once conf/ has changed, it is composed anew, and the same run goes on with it.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
-from dvc.utils.hydra import compose_and_dump
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
+from stages.conf import CONF, digest
 from stages.errors import UserError
 from stages.running import be_quiet, one_line_errors, written_beside
 from stages.settings import PARAMS, load
 
-CONF = Path("conf")
-
-
-def compose(overrides: Sequence[str] = ()) -> str:
-    """Return the text that conf/ composes to, by DVC's own composer."""
-    with tempfile.TemporaryDirectory() as folder:
-        composed = Path(folder, PARAMS.name)
-        try:
-            compose_and_dump(str(composed), str(CONF.resolve()), None, "config", ".", [*overrides])
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"conf/ does not compose: {_first_lines(error)}") from None
-        load(composed)
-        return composed.read_text(encoding="utf-8")
+DONE = Path("params.ok")  # its text never changes: fetch and prepare depend on it to come later
+Values = dict[str, Any]
 
 
 def guard() -> None:
-    """Leave a current params.yaml alone; compose a stale one again and stop."""
-    composed = compose()
-    if _digest(_text()) == _digest(composed):
-        load()
-        return
-    reason = "conf/ changed" if _digest(_text()) else "it was missing or unreadable"
-    changes = differences(composed)
-    with written_beside(PARAMS) as beside:
-        beside.write_text(composed, encoding="utf-8")
-    raise UserError(
-        f"{reason}, so params.yaml was composed again: run dvc repro again\n{changes}".rstrip()
-    )
+    """Compose params.yaml anew where conf/ has changed; check it either way."""
+    old = values_of(text_of(PARAMS))
+    if old.get("conf_digest") != digest():
+        if "DVC_EXP_NAME" in os.environ:  # just composed by DVC, from files that this copy lacks
+            raise UserError("conf/ has files unknown to git: git add conf, then run again")
+        composed = compose()
+        with written_beside(PARAMS) as beside:
+            beside.write_text(composed, encoding="utf-8")
+        new = values_of(composed)
+        known = data_path(old) is not None  # else it was missing or unreadable
+        print("\n".join(differences(old, new)) if known else f"{PARAMS}: composed from {CONF}/")
+        if known and data_path(old) != data_path(new):
+            DONE.unlink(missing_ok=True)  # the next run must not skip this stage
+            raise UserError("data.path changed after DVC had read it: run dvc repro again")
+    load()
+    DONE.write_text("params.yaml belongs to conf/\n", encoding="utf-8")
 
 
 def check_strictly() -> None:
     """Raise unless params.yaml is exactly what conf/ composes to."""
-    if changes := differences(compose()):
+    composed = compose()
+    if text_of(PARAMS) != composed:
+        changes = differences(values_of(text_of(PARAMS)), values_of(composed))
         raise UserError(
-            "params.yaml is not what conf/ composes to: put its overrides into conf/, "
-            f"or run `python -m stages.params` to compose it again\n{changes}"
+            "params.yaml is not what conf/ composes to: put its overrides into conf/, or delete it and "
+            "run python -m stages.params\n" + "\n".join(changes)
         )
 
 
-def differences(composed: str) -> str:
-    """Return the changed lines from params.yaml to `composed`, empty when there are none."""
-    lines = difflib.unified_diff(_text().splitlines(), composed.splitlines(), n=0, lineterm="")
-    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+def compose() -> str:
+    """Return the text that conf/ composes to, by DVC's own composer. Raises `UserError` for nonsense."""
+    from dvc.utils.hydra import compose_and_dump  # stages load fast without it
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    with tempfile.TemporaryDirectory() as folder:
+        composed = Path(folder, PARAMS.name)
+        try:
+            compose_and_dump(str(composed), str(CONF.resolve()), None, "config", ".", [])
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"conf/ does not compose: {in_one_line(error)}") from None
+        return composed.read_text(encoding="utf-8")
 
 
-def _text() -> str:
-    return PARAMS.read_text(encoding="utf-8", errors="replace") if PARAMS.is_file() else ""
+def differences(old: Values, new: Values) -> list[str]:
+    """Return one line per changed value: `finetune.max_steps: 100 -> 200`."""
+    before, after = flat(old), flat(new)
+    keys = [*after, *(key for key in before if key not in after)]
+    return [
+        f"{key}: {before.get(key, 'missing')} -> {after.get(key, 'missing')}"
+        for key in keys
+        if before.get(key, "missing") != after.get(key, "missing")
+    ]
 
 
-def _digest(text: str) -> str | None:
-    """Return the digest that a params.yaml carries, None where a merge left it unreadable."""
+def flat(values: Values, above: str = "") -> Values:
+    """Return nested values by their dotted names."""
+    found: Values = {}
+    for key, value in values.items():
+        deeper = isinstance(value, dict) and value
+        found |= flat(value, f"{above}{key}.") if deeper else {f"{above}{key}": value}
+    return found
+
+
+def data_path(values: Values) -> Any:
+    """Return the one value that dvc.yaml itself depends on."""
+    return (values.get("data") or {}).get("path")
+
+
+def text_of(path: Path) -> str:
+    """Return a file's text, empty where there is no file."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def values_of(text: str) -> Values:
+    """Return the values of a params.yaml, none where a merge left it unreadable."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError:
-        return None
-    return values.get("conf_digest") if isinstance(values, dict) else None
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+def in_one_line(error: Exception) -> str:
+    """Return the first lines of Hydra's and OmegaConf's messages, which go on with tracebacks."""
+    cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
+    return " ".join(line.strip() for line in str(cause).splitlines()[:2])
 
 
 def main() -> None:
-    """Guard, or check strictly with --strict."""
+    """Guard, or check strictly."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--strict", action="store_true", help="params.yaml must equal conf/ exactly"
-    )
-    arguments = parser.parse_args()
+    parser.add_argument("--strict", action="store_true", help="allow no overrides either")
     be_quiet()
     with one_line_errors("params"):
-        check_strictly() if arguments.strict else guard()
-    print("params: params.yaml is current", file=sys.stderr)
+        check_strictly() if parser.parse_args().strict else guard()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

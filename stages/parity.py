@@ -1,10 +1,8 @@
 """Parity: does the ONNX model with its adapter answer as PyTorch with PEFT does?
 
-PyTorch reads each ONNX answer once, all tokens in one forward pass. Where its own greedy choice is
-the next token all the way, its greedy answer would have been the same. The first place where it is
-not is the first divergence, explained when PyTorch saw the two tokens as a near-tie: closer to each
-other than what the export's arithmetic (int8 activations) does to such gaps on a long prompt, and than
-evaluate.largest_tie, so that a broken export does not widen its own margin.
+PyTorch reads each ONNX answer once, all tokens in one forward pass. Where its own greedy choice is the next
+token all the way, its greedy answer would have been the same. Else the first token where it is not is the
+first divergence, and the gap is by how much PyTorch preferred its own: near 0 means that both were tied.
 """
 
 from __future__ import annotations
@@ -13,69 +11,65 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from stages.checkpoint import load_dequantized
-from stages.places import place
-from stages.settings import Evaluate
 
 QUANTIZED = Path("models/quantized")
-PEFT_ADAPTER = place("models/adapter")
+PEFT_ADAPTER = Path("models/adapter")
 
 
 @torch.no_grad()
-def compare(
-    predictions: list[dict], long_prompt: list[int], onnx_logits: np.ndarray, options: Evaluate
-) -> dict[str, Any]:
-    """Add a `parity` verdict to every prediction; return the shares, the noise and the perplexity.
-
-    `onnx_logits`, [tokens, vocabulary], are those of the long prompt; two tokens count as tied when
-    their gap is within the quantile evaluate.near_tie of the noise, and evaluate.largest_tie.
-    """
+def compare(predictions: list[dict], long_prompt: list[int], batch_size: int) -> dict[str, Any]:
+    """Add a `parity` verdict to every prediction; return the share of identical answers, the widest gap
+    (in logits) at a first divergence, and PyTorch's perplexity on the long prompt."""
     model = PeftModel.from_pretrained(load_dequantized(QUANTIZED), PEFT_ADAPTER).eval()
-    tokens = torch.tensor(long_prompt, device=model.device)
-    logits = model(tokens[None], use_cache=False).logits[0].float()
-    noise = gap_noise(logits.cpu(), torch.from_numpy(onnx_logits), options.near_tie)
-    near_tie = min(noise, options.largest_tie)
-    for prediction in tqdm(predictions, desc="parity"):
-        answer = prediction["adapter"]["tokens"]
-        prediction["parity"] = first_divergence(model, prediction["prompt"], answer, near_tie)
-    verdicts = [prediction["parity"]["verdict"] for prediction in predictions]
+    by_length = sorted(predictions, key=lambda p: len(p["prompt"]) + len(p["adapter"]["tokens"]))
+    for first in tqdm(range(0, len(by_length), batch_size), desc="parity", unit="batch"):
+        batch = by_length[first : first + batch_size]
+        for prediction, logits in zip(batch, answer_logits(model, batch), strict=True):
+            prediction["parity"] = first_divergence(logits, prediction["adapter"]["tokens"])
+    verdicts = [prediction["parity"] for prediction in predictions]
     return {
-        "identical_answers": round(verdicts.count("identical") / len(verdicts), 4),
-        "explained_answers": round(1 - verdicts.count("different") / len(verdicts), 4),
-        "logit_gap_noise": round(noise, 3),
-        "long_prompt_perplexity_torch": perplexity_of(logits, tokens),
+        "identical_answers": round(sum(v["identical"] for v in verdicts) / len(verdicts), 4),
+        "widest_divergence": max((v.get("logit_gap", 0.0) for v in verdicts), default=0.0),
+        "long_prompt_perplexity_torch": perplexity(model, long_prompt),
     }
 
 
-def gap_noise(ours: torch.Tensor, theirs: torch.Tensor, quantile: float) -> float:
-    """Return by how much the gap between our two best tokens differs, [tokens, vocabulary] both."""
-    best = ours.topk(2, dim=-1).indices
-    differences = (ours - theirs).gather(-1, best).diff(dim=-1).abs()
-    return differences.flatten().quantile(quantile).item()
+def answer_logits(model, batch: list[dict]) -> list[torch.Tensor]:
+    """Return PyTorch's logits before every token of each answer, [answer, vocabulary] each.
+
+    Shorter rows are padded behind their end, which a causal model never looks at.
+    """
+    rows = [torch.tensor(p["prompt"] + p["adapter"]["tokens"]) for p in batch]
+    padded = pad_sequence(rows, batch_first=True).to(model.device)
+    first = min(len(p["prompt"]) for p in batch) - 1
+    kept = padded.shape[1] - first
+    logits = model(padded, logits_to_keep=kept, use_cache=False).logits.float()
+    return [
+        row_logits[len(p["prompt"]) - 1 - first : len(row) - 1 - first]
+        for row_logits, row, p in zip(logits, rows, batch, strict=True)
+    ]
 
 
-def first_divergence(
-    model, prompt: list[int], answer: list[int], near_tie: float
-) -> dict[str, Any]:
-    """Return the verdict on one answer: identical, near-tie or different, and where and by how much."""
-    tokens = torch.tensor([prompt + answer], device=model.device)
-    logits = model(tokens, logits_to_keep=len(answer) + 1, use_cache=False).logits[0, :-1].float()
-    chosen = tokens[0, len(prompt) :]
+def first_divergence(logits: torch.Tensor, answer: list[int]) -> dict[str, Any]:
+    """Return whether PyTorch gives the same answer; where not, at which token and by what logit gap."""
+    chosen = torch.tensor(answer, device=logits.device)
     differs = (logits.argmax(-1) != chosen).nonzero()
     if not len(differs):
-        return {"verdict": "identical"}
+        return {"identical": True}
     step = int(differs[0])
-    gap = round((logits[step].max() - logits[step, chosen[step]]).item(), 3)
-    verdict = "near-tie" if gap <= near_tie else "different"
-    return {"verdict": verdict, "token": step, "logit_gap": gap}
+    gap = (logits[step].max() - logits[step, chosen[step]]).item()
+    return {"identical": False, "token": step, "logit_gap": round(gap, 4)}
 
 
-def perplexity_of(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Return the perplexity of tokens under the logits before each of them."""
-    return round(math.exp(cross_entropy(logits[:-1], tokens[1:]).item()), 3)
+def perplexity(model, tokens: list[int]) -> float:
+    """Return PyTorch's perplexity on a text."""
+    row = torch.tensor(tokens, device=model.device)
+    logits = model(row[None], use_cache=False).logits[0].float()
+    return round(math.exp(cross_entropy(logits[:-1], row[1:]).item()), 3)

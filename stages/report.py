@@ -2,115 +2,161 @@
 
     python -m stages.report
 
-Writes metrics/quality.json and metrics/size.json (`dvc metrics diff`), metrics/plots (`dvc plots diff`; the
-speeds in them are the last that `evaluate` measured here), metrics/predictions.md, a table of question,
-reference, base and adapter, and metrics/predictions.jsonl, every prompt's scores, from which `lab review`
-tells a change from noise.
+Writes metrics/quality.json, size.json and speed.json (`dvc metrics diff`), metrics/quality.md (every quality
+figure with its interval), metrics/costs.json (seconds and peak memory of every stage), metrics/plots
+(`dvc plots diff`), metrics/predictions.md, a table of question, reference, base and adapter, and
+metrics/predictions.jsonl, every prompt's scores, from which `lab review` tells a change from noise.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from stages.places import place
+from stages.bootstrap import intervals
+from stages.errors import UserError
 from stages.running import read_json, run, write_json, written_beside
 from stages.settings import Settings
-from stages.summary import MODELS
+from stages.summary import MODELS, parity_terms, terms_of
 
-QUANTIZE = Path("metrics/raw/quantize.json")  # one base for all adapters
-RAW = place("metrics/raw")
-METRICS = place("metrics")
-LOSS = METRICS / "plots/loss.csv"
-SCORES = METRICS / "plots/scores.csv"
-SPEED = METRICS / "speed.json"
-TRADEOFF = METRICS / "plots/tradeoff.json"
-PREDICTIONS = METRICS / "predictions.md"
-PROMPTS = METRICS / "predictions.jsonl"
+METRICS = Path("metrics")
+RAW = METRICS / "raw"
+SPEED = METRICS / "speed"
+SHOWN = ("kind", "question", "reference", "base", "adapter")
+STAGES = ("fetch", "prepare", "quantize", "finetune", "optimize", "adapt", "evaluate")
+Row = dict[str, Any]
+Metrics = dict[str, float]
 
 
 def report(_: Settings) -> str:
     """Read the raw metrics, sort them, write them."""
-    quantized = read_json(QUANTIZE)
-    finetuned, evaluated = (read_json(RAW / f"{stage}.json") for stage in ("finetune", "evaluate"))
-    metrics = {**quantized, **evaluated}
-    quality = {name: value for name, value in metrics.items() if not name.startswith("bytes_")}
-    quality["validation_loss"] = finetuned["validation"][-1]["loss"]
-    write_json(METRICS / "quality.json", quality)
-    write_json(METRICS / "size.json", megabytes(metrics))
-    write_loss(finetuned)
-    write_scores(quality)
-    if SPEED.is_file():
-        write_json(TRADEOFF, tradeoff(read_json(SPEED), quality))
+    quantized, finetuned, evaluated = (
+        read_json(RAW / f"{stage}.json") for stage in ("quantize", "finetune", "evaluate")
+    )
     rows = read_predictions()
-    write_predictions(rows)
-    write_prompts(rows)
-    return f"{METRICS}/quality.json, size.json, plots and predictions.md ({len(rows)} questions)"
+    quality, size = sort({**quantized, **evaluated})
+    quality["validation_loss"] = finetuned["validation"][-1]["loss"]
+    speed = {name: steady(value) for name, value in read_json(SPEED / "decode.json").items()}
+    for name, metrics in {"quality": quality, "size": size, "speed": speed}.items():
+        write_json(METRICS / f"{name}.json", finite(metrics))
+    write_json(METRICS / "costs.json", costs())
+    write_text(METRICS / "quality.md", quality_table(quality, rows))
+    write_plots(finetuned, quality, speed)
+    write_text(METRICS / "predictions.md", predictions_table(rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(METRICS / "predictions.jsonl", "".join(lines))
+    return (
+        f"{METRICS}/quality.json, size.json, speed.json, plots, predictions.md ({len(rows)} rows)"
+    )
 
 
-def megabytes(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the sizes among the metrics, in MB: a few bytes more or less are no change."""
+def sort(metrics: Metrics) -> tuple[Metrics, Metrics]:
+    """Return the figures of quality, and the sizes in MB: a few bytes more or less are no change."""
     sizes = {name: value for name, value in metrics.items() if name.startswith("bytes_")}
-    return {f"{name.removeprefix('bytes_')}_mb": round(v / 1e6, 1) for name, v in sizes.items()}
+    quality = {name: value for name, value in metrics.items() if name not in sizes}
+    return quality, {f"{n.removeprefix('bytes_')}_mb": round(v / 1e6, 1) for n, v in sizes.items()}
 
 
-def write_loss(curves: dict[str, list[dict[str, float]]]) -> None:
-    """Write the loss curves as one CSV table: split, step, loss."""
-    with written_beside(LOSS) as beside, beside.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["split", "step", "loss"])
-        for split, points in curves.items():
-            writer.writerows([split, point["step"], point["loss"]] for point in points)
+def finite(metrics: Metrics) -> Metrics:
+    """Return metrics that are all numbers: NaN is not JSON, and DVC's tables drop it without a word."""
+    for name, value in metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{name} is {value}: not a figure; look at the stage that measures it")
+    return metrics
 
 
-def write_scores(quality: dict[str, float]) -> None:
-    """Write the exact match of every kind of prompt as a table: kind, model, exact_match."""
-    with written_beside(SCORES) as beside, beside.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["kind", "model", "exact_match"])
-        for name, value in sorted(quality.items()):
-            kind, found, suffix = name.partition("_exact_match")
-            if found:
-                writer.writerow([kind, suffix.removeprefix("_") or "adapter", value])
+def steady(value: float) -> float:
+    """Round to two significant digits: the third is another one on every run."""
+    return float(f"{value:.2g}")
 
 
-def tradeoff(speed: dict[str, float], quality: dict[str, float]) -> list[dict[str, Any]]:
+def costs() -> dict[str, Metrics]:
+    """Return what every stage took, by its name."""
+    found = {stage: read_json(SPEED / f"{stage}.json") for stage in STAGES}
+    return {**found, "training": read_json(SPEED / "training.json")}
+
+
+def quality_table(quality: Metrics, rows: list[Row]) -> str:
+    """Return a Markdown table: every figure, with the adapter and without, its 95 % interval and its n."""
+    sure, terms = intervals(rows), terms_of(rows) | parity_terms(rows)
+    lines = ["| metric | value | 95 % interval | n | without adapter | 95 % interval |"]
+    lines.append("|" + "---|" * 6)
+    for name in (name for name in quality if not name.endswith("_base")):
+        count = f"{terms[name][1].sum():.0f}" if name in terms else ""
+        cells = [name, figure(quality, name), interval(sure, name), count]
+        cells += [figure(quality, f"{name}_base"), interval(sure, f"{name}_base")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(quality: Metrics, name: str) -> str:
+    """Return a figure as text, nothing where it was not measured."""
+    return f"{quality[name]:g}" if name in quality else ""
+
+
+def interval(sure: dict[str, tuple[float, float]], name: str) -> str:
+    """Return an interval as text, nothing for a figure that is not made of prompts."""
+    return f"{sure[name][0]:.3g} to {sure[name][1]:.3g}" if name in sure else ""
+
+
+def write_plots(curves: dict[str, list[Metrics]], quality: Metrics, speed: Metrics) -> None:
+    """Write the data of the three plots that dvc.yaml names."""
+    losses = [[split, p["step"], p["loss"]] for split, points in curves.items() for p in points]
+    write_csv(METRICS / "plots/loss.csv", ["split", "step", "loss"], losses)
+    write_csv(
+        METRICS / "plots/scores.csv", ["kind", "model", "exact_match"], exact_matches(quality)
+    )
+    write_json(METRICS / "plots/tradeoff.json", tradeoff(speed, quality))
+
+
+def exact_matches(quality: Metrics) -> list[list[Any]]:
+    """Return the exact match of every kind of prompt: kind, model, value."""
+    return [
+        [kind, model, quality[f"{kind}_exact_match{suffix}"]]
+        for kind in kinds_of(quality)
+        for model, suffix in MODELS.items()
+    ]
+
+
+def kinds_of(quality: Metrics) -> list[str]:
+    """Return the kinds of prompts that were asked: recall and transfer, or test."""
+    ending = "_exact_match"
+    return sorted(name.removesuffix(ending) for name in quality if name.endswith(ending))
+
+
+def tradeoff(speed: Metrics, quality: Metrics) -> list[dict[str, Any]]:
     """Return speed against quality, a point with and one without the adapter, for `dvc plots`."""
-    kinds = [name for name in quality if name.endswith("_exact_match")]
+    kinds = kinds_of(quality)
     return [
         {
             "model": model,
             "decode_tokens_per_s_p50": speed[f"decode_tokens_per_s_p50{suffix}"],
             "time_to_first_token_ms": speed[f"time_to_first_token_ms{suffix}"],
-            "exact_match": round(sum(quality[kind + suffix] for kind in kinds) / len(kinds), 4),
+            "exact_match": round(
+                sum(quality[f"{kind}_exact_match{suffix}"] for kind in kinds) / max(1, len(kinds)),
+                4,
+            ),
         }
         for model, suffix in MODELS.items()
-        if f"decode_tokens_per_s_p50{suffix}" in speed
     ]
 
 
-def read_predictions() -> list[dict[str, Any]]:
+def read_predictions() -> list[Row]:
     """Read the predictions that `evaluate` wrote."""
     lines = (RAW / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]
 
 
-def write_predictions(rows: list[dict[str, Any]]) -> None:
-    """Write the predictions as a Markdown table, with the answers that PyTorch would give otherwise."""
-    with written_beside(PREDICTIONS) as beside, beside.open("w", encoding="utf-8") as stream:
-        stream.write("| kind | question | reference | base | adapter | PyTorch |\n")
-        stream.write("|---|---|---|---|---|---|\n")
-        for row in rows:
-            cells = [row["kind"], row["question"], row["reference"], row["base"], row["adapter"]]
-            stream.write(f"| {' | '.join(map(cell, [*cells, explain(row['parity'])]))} |\n")
-
-
-def write_prompts(rows: list[dict[str, Any]]) -> None:
-    """Write the predictions with their scores, one JSON object a line, so that git shows what changed."""
-    with written_beside(PROMPTS) as beside, beside.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def predictions_table(rows: list[Row]) -> str:
+    """Return the predictions as a Markdown table, and whether PyTorch would answer otherwise."""
+    head = "| kind | question | reference | base | adapter | PyTorch |\n|" + "---|" * 6 + "\n"
+    return head + "".join(
+        f"| {' | '.join(map(cell, [*(row[key] for key in SHOWN), explain(row['parity'])]))} |\n"
+        for row in rows
+    )
 
 
 def cell(text: str) -> str:
@@ -118,11 +164,23 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def explain(parity: dict[str, Any]) -> str:
+def explain(parity: Row) -> str:
     """Say how PyTorch's greedy answer differs from the ONNX model's."""
-    if parity["verdict"] == "identical":
+    if parity["identical"]:
         return "same"
-    return f"{parity['verdict']} at token {parity['token']} (logit gap {parity['logit_gap']})"
+    return f"other token {parity['token']} (logit gap {parity['logit_gap']})"
+
+
+def write_csv(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
+    """Write a table, all or nothing."""
+    with written_beside(path) as beside, beside.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([columns, *rows])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, all or nothing."""
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     if __name__ == "__main__":
         run(quantize)                # quantize(settings) -> what it made, in words
 
-`run` validates params.yaml, leases a GPU where there is one, turns every error that a user can cause into
-one line and a non-zero exit, and writes what the run cost (seconds, peak memory) to
-metrics/runtime/<stage>.json. Those figures never repeat, so they stay outside dvc.lock.
+`run` checks params.yaml, leases a GPU where there is one, turns every error that a user can cause into one
+line and a non-zero exit, and writes what the run cost (seconds, peak memory) to metrics/speed/<stage>.json.
+Those figures never repeat, so they are an output of their own, which only `report` reads.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ import psutil
 
 from stages.errors import UserError
 from stages.lease import lease_gpus
-from stages.places import place
-from stages.settings import Settings, load
+from stages.settings import Settings, load_current
 
-RUNTIME = place("metrics/runtime")
+RUNTIME = Path("metrics/speed")
 RAN_OUT = {
     "No space left on device|os error 28|PytorchStreamWriter failed|[Dd]isk quota exceeded": (
         "the disk is full: free some space, then run `dvc repro` again"
@@ -48,13 +47,14 @@ def run(stage: Callable[[Settings], str]) -> None:
     name = stage.__name__
     be_quiet()
     with one_line_errors(name):
-        settings = load()
+        settings = load_current()
         waited = lease_gpus(name, settings)
         made = stage(settings)
         # the imports are part of the stage, waiting for a GPU is not
         seconds = time.time() - psutil.Process().create_time() - waited
         cost = {"seconds": round(seconds, 1), **peak_memory()}
-        write_json(RUNTIME / f"{name}.json", cost)
+        if name != "report":  # whose outputs git tracks
+            write_json(RUNTIME / f"{name}.json", cost)
         print(f"{name}: {made} in {cost['seconds']} s, peak memory {cost['peak_memory_gib']} GiB")
 
 

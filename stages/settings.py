@@ -17,8 +17,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
+from stages.conf import digest
 from stages.errors import UserError
-from stages.places import adapter_name
 
 PARAMS = Path("params.yaml")
 COMPOSE = "run `python -m stages.params`, which composes it from conf/"
@@ -198,12 +198,6 @@ class Speed(Section):
     repeats: Positive
 
 
-class Health(Section):
-    """The checks that a broken export fails first."""
-
-    long_prompt_tokens: Positive
-
-
 class Gate(Section):
     """What one metric must keep to; numbers are in the metric's own unit."""
 
@@ -221,33 +215,16 @@ class Gate(Section):
         return self
 
 
-class Task(Section):
-    """One task of lm-evaluation-harness."""
-
-    fewshot: NotNegative = 0
-    limit: Positive | None = None
-
-
 class Evaluate(Section):
     """conf/evaluate: what is measured on the test split, and what `lab review` insists on."""
 
     prompts: Positive
     max_new_tokens: Positive
-    near_tie: Annotated[float, Field(gt=0, le=1)]
-    largest_tie: Annotated[float, Field(gt=0)]
+    batch_size: Positive
+    long_prompt_tokens: Positive
     speed: Speed
-    health: Health
-    tasks: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_.-]+$")], Task] = {}
-    task_folder: str | None = None
-    gates: dict[str, Gate] = {}
+    gates: dict[str, Gate]
     seed: NotNegative
-
-
-class Adapter(Section):
-    """conf/adapters: one more adapter on the same base, where it differs from data and finetune."""
-
-    data: Data
-    finetune: Finetune
 
 
 class Settings(Section):
@@ -259,41 +236,12 @@ class Settings(Section):
     finetune: Finetune
     optimize: Optimize
     evaluate: Evaluate
-    adapters: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], Adapter] = {}
     seed: NotNegative
     conf_digest: str
 
-    @model_validator(mode="after")
-    def has_lora_inputs_for_every_adapter(self) -> Settings:
-        """The graph's inputs follow finetune.target_modules; a further adapter may use fewer of them."""
-        inputs = self.finetune.target_modules
-        for name, own in self.adapters.items():
-            wanted = own.finetune.target_modules
-            if inputs != "all-linear" and (wanted == "all-linear" or set(wanted) - set(inputs)):
-                raise ValueError(
-                    f"adapters.{name}.finetune.target_modules is {wanted}: "
-                    f"must be some of finetune.target_modules, {inputs}"
-                )
-        return self
-
-    def of_adapter(self, name: str | None) -> Settings:
-        """Return the settings that one adapter is made with; those of the default one for None."""
-        if name is None:
-            return self
-        if name not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
-            raise UserError(
-                f"{name} is no adapter of params.yaml (conf/adapters): there is {known}"
-            )
-        own = self.adapters[name]
-        return self.model_copy(update={"data": own.data, "finetune": own.finetune})
-
 
 def load(path: Path = PARAMS) -> Settings:
-    """Read and validate params.yaml, for the adapter that this process works on.
-
-    Raises `UserError` naming the key that is wrong.
-    """
+    """Read and validate params.yaml. Raises `UserError` naming the key that is wrong."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
     except FileNotFoundError:
@@ -306,35 +254,23 @@ def load(path: Path = PARAMS) -> Settings:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no sections: {COMPOSE}")
-    return validate(values).of_adapter(adapter_name())
+    return validate(values)
+
+
+def load_current(path: Path = PARAMS) -> Settings:
+    """Load params.yaml for a stage. Raises `UserError` where it is older than conf/."""
+    settings = load(path)
+    if settings.conf_digest != digest():
+        raise UserError(f"{path} is older than conf/: run `dvc repro`, which composes it anew")
+    return settings
 
 
 def validate(values: dict[str, Any]) -> Settings:
     """Turn the composed configuration into `Settings`. Raises `UserError` for the first bad keys."""
     try:
-        return Settings.model_validate(with_defaults(values))
+        return Settings.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(map(_describe, error.errors()[:3]))) from None
-
-
-def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Give every named adapter the settings of data and finetune that it does not set itself."""
-    adapters = values.get("adapters")
-    if not isinstance(adapters, dict) or not all(
-        isinstance(own, dict) for own in adapters.values()
-    ):
-        return values
-    merged = {
-        name: {**own, **{part: _merged(values, own, part) for part in ("data", "finetune")}}
-        for name, own in adapters.items()
-    }
-    return {**values, "adapters": merged}
-
-
-def _merged(values: dict[str, Any], own: dict[str, Any], part: str) -> Any:
-    default, overrides = values.get(part), own.get(part) or {}
-    both = isinstance(default, dict) and isinstance(overrides, dict)
-    return {**default, **overrides} if both else overrides
 
 
 def _describe(error: dict[str, Any]) -> str:

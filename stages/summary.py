@@ -9,7 +9,6 @@ and get the metric that `evaluate` would have written.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,10 +18,7 @@ Row = dict[str, Any]
 Terms = dict[str, tuple[np.ndarray, np.ndarray]]
 
 DIGITS = {"chrf": 2, "answer_perplexity": 3}
-# what each model's metrics end in; merged is there only where conf/optimize asks for it, and default
-# (the default adapter, asked what a named one is asked) only for an adapter of conf/adapters
-MODELS = {"adapter": "", "base": "_base", "merged": "_merged", "default": "_default"}
-ENDING = re.compile("_(base|merged|default)$")
+MODELS = {"adapter": "", "base": "_base"}  # what each model's metrics end in
 
 
 def terms_of(rows: list[Row]) -> Terms:
@@ -31,7 +27,6 @@ def terms_of(rows: list[Row]) -> Terms:
     return {
         name + suffix: (column(rows, above), column(rows, below))
         for model, suffix in MODELS.items()
-        if model in rows[0]["scores"]
         for name, above, below in _metrics(kinds, model)
     }
 
@@ -68,19 +63,15 @@ def column(rows: list[Row], value: Callable[[Row], float]) -> np.ndarray:
 
 
 def parity_terms(rows: list[Row]) -> Terms:
-    """Return the terms of the shares that `stages.parity` measures."""
-    every = np.ones(len(rows))
-    verdicts = np.array([row["parity"]["verdict"] for row in rows])
-    return {
-        "identical_answers": ((verdicts == "identical").astype(float), every),
-        "explained_answers": ((verdicts != "different").astype(float), every),
-    }
+    """Return the terms of the share that `stages.parity` measures."""
+    identical = column(rows, lambda row: row["parity"]["identical"])
+    return {"identical_answers": (identical, np.ones(len(rows)))}
 
 
 def ratio(name: str, above: np.ndarray, below: np.ndarray) -> float:
     """Return a metric from its terms, rounded; 0 of nothing."""
     value = above.sum() / below.sum() if below.sum() else 0.0
-    plain = ENDING.sub("", name)
+    plain = name.removesuffix(MODELS["base"])
     return round(float(finish(plain, value)), DIGITS.get(plain, 4))
 
 

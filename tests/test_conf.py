@@ -1,16 +1,17 @@
 """Every file in conf/ composes to valid settings; every mistake is one line that names the key."""
 
 import copy
-import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
 from dvc.utils.hydra import compose_and_dump
+from omegaconf.errors import OmegaConfBaseException
 
 from stages import params as guard
+from stages.conf import digest
 from stages.errors import UserError
-from stages.settings import load, validate
+from stages.settings import load, load_current, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -54,8 +55,13 @@ def test_every_group_names_its_options_in_config_yaml():
 
 
 def test_what_an_option_leaves_open_must_be_given(compose):
-    with pytest.raises(UserError, match=r"model\.source\.path"):
+    with pytest.raises(OmegaConfBaseException, match=r"model\.source\.path is open"):
         compose("model=local")
+
+
+def test_a_composition_that_is_not_valid_is_refused_before_anything_is_queued(compose):
+    with pytest.raises(OmegaConfBaseException, match=r"finetune\.rank is 0: must be greater"):
+        compose("finetune.rank=0")
 
 
 def test_options_change_what_their_name_says(compose):
@@ -143,58 +149,81 @@ def test_params_yaml_that_is_no_mapping_is_one_line(tmp_path):
         load(tmp_path / "params.yaml")
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (None, "it was missing or unreadable"),
-        (
-            "<<<<<<< ours\nseed: 1\n=======\nseed: 2\n>>>>>>> theirs\n",
-            "it was missing or unreadable",
-        ),
-        ("- 1\n", "it was missing or unreadable"),
-        ("conf_digest: of another conf\n", "conf/ changed"),
-    ],
-)
-def test_params_yaml_that_cannot_be_used_is_composed_again(tmp_path, monkeypatch, text, reason):
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Path:
+    """A folder with what the guard needs, and no params.yaml."""
     for name in ("conf", "hydra_plugins"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+        shutil.copytree(CONF.parent / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    return tmp_path
+
+
+MERGED = "<<<<<<< ours\nseed: 1\n=======\nseed: 2\n>>>>>>> theirs\n"
+
+
+@pytest.mark.parametrize("text", [None, MERGED, "- 1\n", "conf_digest: of another conf\n"])
+def test_params_yaml_that_cannot_be_used_is_composed_again(workspace, text):
     if text is not None:
         guard.PARAMS.write_text(text)
-    with pytest.raises(UserError) as error:
-        load()
-    assert text == "conf_digest: of another conf\n" or "python -m stages.params" in str(error.value)
-    with pytest.raises(UserError, match=f"{reason}, so params.yaml was composed again"):
-        guard.guard()
+    with pytest.raises(UserError):
+        load_current()
     guard.guard()
+    load_current()
     guard.check_strictly()
 
 
-@pytest.fixture
-def conf_digest():
-    """The function behind `${conf_digest:}`."""
-    file = ROOT / "hydra_plugins/conf_digest.py"
-    spec = importlib.util.spec_from_file_location("conf_digest", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.conf_digest
+def test_overrides_survive_the_guard_until_conf_changes(workspace, capsys):
+    guard.guard()
+    text = guard.PARAMS.read_text().replace("max_steps: ", "max_steps: 1")
+    guard.PARAMS.write_text(text)
+    guard.guard()
+    assert guard.PARAMS.read_text() == text
+    with pytest.raises(UserError, match=r"put its overrides into conf/"):
+        guard.check_strictly()
+    with (workspace / "conf/finetune/lora.yaml").open("a") as file:
+        file.write("# a remark\n")
+    capsys.readouterr()
+    guard.guard()
+    assert "finetune.max_steps: 1" in capsys.readouterr().out
+    guard.check_strictly()
 
 
-def test_the_digest_changes_with_every_edit_and_only_then(conf_digest, tmp_path):
+def test_an_experiment_whose_conf_git_does_not_know_is_refused(workspace, monkeypatch):
+    guard.guard()
+    (workspace / "conf/finetune/mine.yaml").write_text("# new\n")
+    monkeypatch.setenv("DVC_EXP_NAME", "bold-fish")
+    with pytest.raises(UserError, match="git add conf"):
+        guard.guard()
+
+
+def test_another_data_path_in_conf_needs_a_second_run_for_dvc_has_read_the_first(workspace):
+    guard.guard()
+    file = workspace / "conf/data/travel.yaml"
+    file.write_text(file.read_text().replace("path: data/travel.jsonl", "path: mine.jsonl"))
+    with pytest.raises(UserError, match=r"data\.path changed"):
+        guard.guard()
+    assert not guard.DONE.exists()
+    guard.guard()
+
+
+def test_the_digest_changes_with_every_edit_and_only_then(tmp_path):
     conf = Path(shutil.copytree(CONF, tmp_path / "conf"))
-    digests = [conf_digest(conf)]
-    assert digests == [conf_digest(CONF)]
+    digests = [digest(conf)]
+    assert digests == [digest(CONF)]
+    file = conf / "model/tiny.yaml"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))  # as a checkout on Windows has it
     (conf / "notes.txt").write_text("no part of the configuration")
-    assert conf_digest(conf) == digests[0]
+    assert digest(conf) == digests[0]
     for edit in (
         lambda: (conf / "model/tiny.yaml").write_bytes(b"# edited\n"),
         lambda: (conf / "model/tiny.yaml").rename(conf / "model/small.yaml"),
         lambda: (conf / "model/small.yaml").unlink(),
     ):
         edit()
-        digests.append(conf_digest(conf))
+        digests.append(digest(conf))
     assert len(set(digests)) == 4
 
 
-def test_the_committed_params_are_what_conf_composes_to(params, conf_digest):
-    assert params["conf_digest"] == conf_digest()
+def test_the_committed_params_are_what_conf_composes_to(params):
+    assert params["conf_digest"] == digest(CONF)

@@ -8,22 +8,18 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-LISTED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-STAGES = {name: stage for name, stage in LISTED.items() if "foreach" not in stage}
-ADAPTERS = {n: stage["do"] for n, stage in LISTED.items() if n.startswith("adapters_")}
-BENCHMARK = LISTED["benchmark"]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 CHEAP = {
     "params",
     "report",
 }  # the only stages whose outputs git tracks, so that DVC cannot restore them
 # how a stage runs, fails and finds its files: nothing that a result could depend on
-NO_RESULT_DEPENDS_ON = {"errors", "lease", "parent", "places", "running", "settings"}
+NO_RESULT_DEPENDS_ON = {"conf", "errors", "lease", "parent", "running", "settings"}
+ELSEWHERE = ("models/.",)  # checkpoints of an unfinished training: no output
 NOBODYS_INPUT = {
     "model.group_size": "only the default of quantize.group_size",
     "seed": "only the default of the sections' own seeds",
     "evaluate.gates": "judged in review, changes no output",
-    "evaluate.task_folder": "read by `benchmark`, of which there is none by default",
-    "conf_digest": "read by the guard alone",
 }
 
 
@@ -55,6 +51,13 @@ def test_a_stage_is_the_module_of_its_name_and_depends_on_it(name):
     assert STAGES[name]["cmd"] == f"python -m stages.{name}"
     assert f"stages/{name}.py" in STAGES[name]["deps"]
     assert importlib.util.find_spec(f"stages.{name}") is not None
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_a_stage_cost_is_an_output_of_its_own(name):
+    cost = f"metrics/speed/{name}.json"
+    assert (cost in outputs(STAGES[name])) == (name not in CHEAP)
+    assert (cost in STAGES["report"]["deps"]) == (name not in CHEAP)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -130,34 +133,23 @@ def is_watched(key: str, watched: set[str]) -> bool:
     return any(".".join(parts[:length]) in watched for length in range(1, len(parts) + 1))
 
 
-def test_a_benchmark_runs_for_every_task_and_keeps_its_metrics_in_the_cache():
-    assert BENCHMARK["foreach"] == "${evaluate.tasks}"
-    assert BENCHMARK["do"]["metrics"] == ["metrics/raw/benchmark/${key}.json"]
-    code = [dep for dep in BENCHMARK["do"]["deps"] if dep.startswith("stages/")]
-    assert [dep for dep in code if not (ROOT / dep).is_file()] == []
+def test_every_path_that_a_stage_names_is_its_dependency_or_output():
+    for name, stage in STAGES.items():
+        listed = [*stage["deps"], *outputs(stage)]
+        paths = paths_in(ROOT / f"stages/{name}.py")
+        strange = [p for p in paths if not any(p == d or d.startswith(f"{p}/") for d in listed)]
+        assert [p for p in strange if not p.startswith(ELSEWHERE)] == [], name
 
 
-def shared_with_the_default(paths: list[str]) -> list[str]:
-    """Return the paths of a named adapter's stage as the default adapter's stage names them."""
-    return [path.replace("adapters/${key}/", "") for path in paths]
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_a_named_adapter_goes_through_the_stages_of_the_default_one(name):
-    own, default = ADAPTERS[name], STAGES[name.removeprefix("adapters_")]
-    assert LISTED[name]["foreach"] == "${adapters}"
-    assert own["cmd"] == f"LAB_ADAPTER=${{key}} {default['cmd']}"
-    code = [dep for dep in own["deps"] if dep.startswith("stages/")]
-    assert code == [dep for dep in default["deps"] if dep.startswith("stages/")]
-    made = shared_with_the_default(list(outputs(own)))
-    assert made == [path.removesuffix("/") for path in outputs(default)]
-    assert set(default.get("params", [])) <= set(own.get("params", []))
-
-
-def test_a_named_adapter_waits_for_no_other_but_the_default():
-    for stage in ADAPTERS.values():
-        paths = [*stage["deps"], *outputs(stage)]
-        assert all("${key}" in path for path in paths if "adapters/" in path)
+def paths_in(file: Path) -> list[str]:
+    """Return the paths below models/, data/ and metrics/ that stand in a file as `Path("…")`."""
+    calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
+    named = [
+        c.args[0].value
+        for c in calls
+        if getattr(c.func, "id", "") == "Path" and c.args and isinstance(c.args[0], ast.Constant)
+    ]
+    return [path for path in named if path.startswith(("models/", "data/", "metrics/"))]
 
 
 def test_the_graph_does_not_depend_on_the_training():

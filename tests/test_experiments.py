@@ -39,7 +39,6 @@ def nested(flat: dict) -> dict:
         (["finetune=rslora", "finetune.lr=2e-4"], ["finetune=rslora", "finetune.lr=0.0002"]),
         (["experiment=attention_only"], ["finetune.target_modules=['q_proj', 'v_proj']"]),
         (["model=qwen25_0_5b"], ["model=qwen25_0_5b"]),
-        (["+adapters.mine={data:{path:x.jsonl}}"], ["adapters=exp"]),
         (["evaluate.gates.onnx_mb.maximum=99"], ["evaluate.gates.onnx_mb.maximum=99"]),
     ],
 )

@@ -24,9 +24,9 @@ def prompts(right: list[int]) -> list[dict]:
             "kind": "recall",
             "question": f"question {number}",
             "reference": f"fact {number}",
-            "parity": {"verdict": "identical"},
+            "parity": {"identical": True},
             "scores": {
-                "adapter": {
+                model: {
                     "exact_match": match,
                     "rouge_l": 0.5,
                     "chrf": 50,
@@ -35,6 +35,7 @@ def prompts(right: list[int]) -> list[dict]:
                     "ended": 1,
                     "repetition_rate": 0.0,
                 }
+                for model in ("adapter", "base")
             },
         }
         for number, match in enumerate(right)
@@ -135,7 +136,6 @@ def test_a_review_that_cannot_start_leaves_its_error_on_the_page(tmp_path):
 def changed(project) -> Project:
     """Two commits that differ in one parameter."""
     project.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 4")
-    project.python("stages.params", exits=1)
     project.dvc("repro")
     project.commit()
     return project
@@ -163,7 +163,7 @@ def test_metrics_diff_of_one_parameter_fits_a_terminal(changed):
 
 @pytest.mark.slow
 def test_a_clone_without_models_is_reviewed_and_an_edited_stage_fails_it(changed, tmp_path):
-    for folder in ("models", "data/prepared", "metrics/raw", ".dvc/cache"):
+    for folder in ("models", "data/prepared", "metrics/raw", "metrics/speed", ".dvc/cache"):
         shutil.rmtree(changed.root / folder)
     changed.python("lab.cli", "review", "HEAD~1")
     changed.replace("stages/finetune.py", '"""Train a LoRA', '"""Fit a LoRA')
@@ -175,7 +175,6 @@ def test_a_clone_without_models_is_reviewed_and_an_edited_stage_fails_it(changed
 def test_a_failing_gate_ends_with_exit_code_1(changed):
     gate = "    recall_exact_match: {minimum: 1.0}\n  prompts: 3"
     changed.replace("conf/experiment/shrunk.yaml", "  prompts: 3", f"  gates:\n{gate}")
-    changed.python("stages.params", exits=1)
     changed.dvc("repro")
     text = changed.python("lab.cli", "review", "HEAD", exits=1)
     assert "❌ **Gate recall_exact_match fails**: " in text

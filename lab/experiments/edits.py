@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 from dvc.utils.hydra import compose_and_dump
+from omegaconf.errors import OmegaConfBaseException
 from ruamel.yaml import YAML
 
-from lab.review.revisions import flat
 from stages.errors import UserError
+from stages.params import flat
 
 DIGEST = "conf_digest"
 Values = dict[str, Any]
@@ -24,7 +25,6 @@ def write_into(conf: Path, wanted: Values, name: str) -> list[str]:
     """Change the files in `conf` until they compose to `wanted`; return what was changed, in words."""
     goal = leaves(wanted)
     changes = [choose(conf, group, goal) for group in groups_that_differ(conf, goal)]
-    changes += [write_adapters(conf, wanted, name)] if adapters_differ(conf, goal) else []
     for key in differing(compose(conf), goal):
         if key in goal:
             changes.append(set_value(conf, key, goal[key]))
@@ -63,12 +63,20 @@ def choose(conf: Path, group: str, goal: Values) -> str:
     """Switch a group to the option that comes nearest to what is wanted."""
     chosen = defaults(conf)[group]
     options = [file.stem for file in sorted((conf / group).glob("*.yaml"))]
-    left = {o: len(differing(compose(conf, f"{group}={o}"), goal)) for o in options}
+    left = {option: distance(conf, f"{group}={option}", goal) for option in options}
     best = min(options, key=lambda option: (left[option], option != chosen))
     if best == chosen:
         return ""
     set_default(conf, group, best)
     return f"{group}={best}"
+
+
+def distance(conf: Path, override: str, goal: Values) -> float:
+    """Return how many values an option leaves to change; no option that asks for more is near."""
+    try:
+        return len(differing(compose(conf, override), goal))
+    except OmegaConfBaseException:
+        return float("inf")
 
 
 def defaults(conf: Path) -> dict[str, str]:
@@ -83,20 +91,6 @@ def set_default(conf: Path, group: str, option: str) -> None:
     entry = next(e for e in config["defaults"] if isinstance(e, dict) and group in e)
     entry[group] = option
     write(conf / "config.yaml", config)
-
-
-def adapters_differ(conf: Path, goal: Values) -> bool:
-    """Say whether other adapters are wanted than conf/adapters lists."""
-    return any(key.startswith("adapters.") for key in differing(compose(conf), goal))
-
-
-def write_adapters(conf: Path, wanted: Values, name: str) -> str:
-    """Write the adapters into a file of their own, since `none` and others must stay what they are."""
-    header = f"# dvc exp run -S adapters={name}\n"
-    listed = yaml.safe_dump(wanted["adapters"], sort_keys=False)
-    (conf / f"adapters/{name}.yaml").write_text(header + listed, encoding="utf-8")
-    set_default(conf, "adapters", name)
-    return f"adapters={name}"
 
 
 def set_value(conf: Path, key: str, value: Any) -> str:

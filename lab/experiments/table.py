@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-SETTINGS = "(model|data|quantize|finetune|adapters|optimize|evaluate)[.]"
+SETTINGS = "(model|data|quantize|finetune|optimize|evaluate)[.]"
 METRICS = [
     "(recall|transfer|test)_exact_match",
     "answer_perplexity",
@@ -31,6 +31,6 @@ def table(context: typer.Context) -> None:
 
 
 def all_but(metrics: list[str]) -> str:
-    """Return the pattern of the columns to drop: all but parameters and the metrics of every adapter."""
+    """Return the pattern of the columns to drop: all but parameters and these metrics."""
     quality = f"(metrics/.*:)?({'|'.join(metrics)})$"
     return f"(?!({'|'.join(FRONT)})$|{SETTINGS}|{quality})"

@@ -2,13 +2,11 @@
 
 lab review                                           # this branch against where it left main
 lab review main --html review.html                   # and a page for the browser
-lab review --adapter small                           # one of conf/adapters, not the default adapter
 lab review --stages                                  # only: is dvc.lock current?
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +28,6 @@ def review(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page for the browser too.")] = None,
     answers: Annotated[int, typer.Option(min=0, help="How many changed answers to show.")] = 10,
-    adapter: Annotated[str | None, typer.Option(help="One of conf/adapters.")] = None,
     stages: Annotated[bool, typer.Option("--stages", help="Only check dvc.lock.")] = False,
 ) -> None:
     """Print what changed since BASE as Markdown; exit 1 when a gate fails or dvc.lock is out of date."""
@@ -39,8 +36,7 @@ def review(
     if stages:
         check(out_of_date())
         return
-    load().of_adapter(adapter)  # stops when there is no such adapter
-    found = look(replace(find_base(base), adapter=adapter), Revision(WORKSPACE, adapter), answers)
+    found = look(find_base(base), Revision(WORKSPACE), answers)
     print(page.markdown(found))
     if html:
         write(html, page.html(found))

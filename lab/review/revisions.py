@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from stages.errors import UserError
-from stages.places import place
+from stages.params import flat
 
 WORKSPACE = "workspace"
 METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")
@@ -25,11 +25,9 @@ class Revision:
     """A commit, or the files as they lie in the workspace."""
 
     name: str
-    adapter: str | None = None  # one of conf/adapters: its results instead of the default adapter's
 
     def read(self, path: str) -> str | None:
         """Return a file's text, None where the revision lacks it."""
-        path = str(place(path, self.adapter)) if path.startswith("metrics/") else path
         if self.name == WORKSPACE:
             return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else None
         shown = _git("show", f"{self.name}:./{path}")
@@ -64,8 +62,7 @@ class Revision:
 
     def cost(self, stage: str) -> dict[str, float]:
         """Return the seconds and the peak memory of a stage's last run."""
-        name, _, adapter = stage.removeprefix("adapters_").partition("@")
-        return replace(self, adapter=adapter or None).json(f"metrics/runtime/{name}.json")
+        return self.json("metrics/costs.json").get(stage, {})
 
     def table(self, path: str) -> list[dict[str, Any]]:
         """Return the rows of a CSV file or of a JSON list; numbers are numbers."""
@@ -78,15 +75,6 @@ class Revision:
             {key: _number(value) for key, value in row.items()}
             for row in csv.DictReader(io.StringIO(text))
         ]
-
-
-def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Return nested values by their dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        deeper = isinstance(value, dict) and value
-        found |= flat(value, f"{above}{key}.") if deeper else {f"{above}{key}": value}
-    return found
 
 
 def find_base(given: str | None) -> Revision:
