@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stages.conf import CONF, digest
 from stages.errors import UserError
@@ -62,7 +64,6 @@ def compose() -> str:
     """Return the text that conf/ composes to, by DVC's own composer. Raises `UserError` for nonsense."""
     from dvc.utils.hydra import compose_and_dump  # stages load fast without it
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     with tempfile.TemporaryDirectory() as folder:
         composed = Path(folder, PARAMS.name)
@@ -106,8 +107,8 @@ def text_of(path: Path) -> str:
 def values_of(text: str) -> Values:
     """Return the values of a params.yaml, none where a merge left it unreadable."""
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
+        values = OmegaConf.to_container(OmegaConf.create(text))  # as stages do: 1e-6 is a number
+    except (yaml.YAMLError, OmegaConfBaseException):
         return {}
     return values if isinstance(values, dict) else {}
 

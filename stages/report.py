@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from stages.bootstrap import intervals
-from stages.errors import UserError
 from stages.running import read_json, run, write_json, written_beside
 from stages.settings import Settings
 from stages.summary import MODELS, parity_terms, terms_of
@@ -41,7 +39,7 @@ def report(_: Settings) -> str:
     quality["validation_loss"] = finetuned["validation"][-1]["loss"]
     speed = {name: steady(value) for name, value in read_json(SPEED / "decode.json").items()}
     for name, metrics in {"quality": quality, "size": size, "speed": speed}.items():
-        write_json(METRICS / f"{name}.json", finite(metrics))
+        write_json(METRICS / f"{name}.json", metrics)
     write_json(METRICS / "costs.json", costs())
     write_text(METRICS / "quality.md", quality_table(quality, rows))
     write_plots(finetuned, quality, speed)
@@ -58,14 +56,6 @@ def sort(metrics: Metrics) -> tuple[Metrics, Metrics]:
     sizes = {name: value for name, value in metrics.items() if name.startswith("bytes_")}
     quality = {name: value for name, value in metrics.items() if name not in sizes}
     return quality, {f"{n.removeprefix('bytes_')}_mb": round(v / 1e6, 1) for n, v in sizes.items()}
-
-
-def finite(metrics: Metrics) -> Metrics:
-    """Return metrics that are all numbers: NaN is not JSON, and DVC's tables drop it without a word."""
-    for name, value in metrics.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{name} is {value}: not a figure; look at the stage that measures it")
-    return metrics
 
 
 def steady(value: float) -> float:

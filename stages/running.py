@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -127,9 +128,22 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, all or nothing."""
+    """Write `value` as indented JSON, all or nothing. Raises `UserError` for NaN, which is not JSON."""
+    if strange := not_finite(value):
+        raise UserError(f"{path}: {strange} is not a finite number: look at what measures it")
     with written_beside(path) as beside:
         beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def not_finite(value: Any, name: str = "") -> str | None:
+    """Return the dotted name of the first NaN or infinity in a JSON value, None where all is well."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else name
+    if not isinstance(value, dict | list | tuple):
+        return None
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    found = (not_finite(part, f"{name}.{key}".lstrip(".")) for key, part in parts)
+    return next(filter(None, found), None)
 
 
 def read_json(path: str | Path) -> Any:

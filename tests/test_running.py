@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from stages.errors import UserError
-from stages.running import one_line_errors, written_beside
+from stages.running import one_line_errors, write_json, written_beside
 
 FULL = "the disk is full: free some space"
 MEMORY = "out of memory: close other programs"
@@ -57,3 +57,11 @@ def test_a_file_or_folder_is_there_whole_or_as_it_was(tmp_path):
         with written_beside(target) as beside:
             beside.mkdir()
     assert [f.name for f in tmp_path.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_metrics_file_ever_holds_nan(tmp_path, value):
+    target = tmp_path / "quality.json"
+    with pytest.raises(UserError, match=r"quality\.json: scores\.1 is not a finite number"):
+        write_json(target, {"scores": [1.0, value]})
+    assert not target.exists()

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from stages.errors import UserError
-from stages.params import flat
+from stages.params import flat, values_of
 
 WORKSPACE = "workspace"
 METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")
@@ -40,7 +40,7 @@ class Revision:
     @cached_property
     def params(self) -> dict[str, Any]:
         """Every parameter by its dotted name."""
-        params = flat(yaml.safe_load(self.read("params.yaml") or "{}"))
+        params = flat(values_of(self.read("params.yaml") or "{}"))
         params.pop("conf_digest", None)
         return params
 
