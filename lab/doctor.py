@@ -22,6 +22,7 @@ from stages.errors import UserError
 
 PACKAGES = ("dvc", "dvc-azure", "azure-storage-blob", "olive-ai", "torch", "transformers")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+CPU_FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "neon")
 FREE_GIB = 2  # a run of the default model writes about 1 GiB
 SKEW_SECONDS = 300  # Azure refuses a signature that is 15 minutes off
 HEARD: dict[str, str] = {}  # headers of the remote's answer, which may be a refusal
@@ -63,6 +64,17 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def cpu() -> str:
+    """Name the cores, the memory, and what the CPU multiplies fast: that decides how stages compute."""
+    import psutil
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    fast = [name for name in CPU_FEATURES if found.get(name)]
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{psutil.cpu_count()} cores, {memory:.0f} GiB, {' '.join(fast) or 'no vector units'}"
 
 
 def gpu() -> str:
@@ -167,6 +179,7 @@ def clock() -> str:
 
 HERE: dict[str, Callable[[], str]] = {
     "versions": versions,
+    "cpu": cpu,
     "gpu": gpu,
     "disk": disk,
     "links": links,

@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,31 @@ Values = dict[str, Any]
 
 def guard() -> None:
     """Compose params.yaml anew where conf/ has changed; check it either way."""
-    old = values_of(text_of(PARAMS))
-    if old.get("conf_digest") != digest():
+    if not is_current():
         if "DVC_EXP_NAME" in os.environ:  # just composed by DVC, from files that this copy lacks
             raise UserError("conf/ has files unknown to git: git add conf, then run again")
-        composed = compose()
-        with written_beside(PARAMS) as beside:
-            beside.write_text(composed, encoding="utf-8")
-        new = values_of(composed)
-        known = data_path(old) is not None  # else it was missing or unreadable
-        print("\n".join(differences(old, new)) if known else f"{PARAMS}: composed from {CONF}/")
-        if known and data_path(old) != data_path(new):
+        old, new = recompose()
+        if data_path(old) not in (None, data_path(new)):
             DONE.unlink(missing_ok=True)  # the next run must not skip this stage
             raise UserError("data.path changed after DVC had read it: run dvc repro again")
     load()
     DONE.write_text("params.yaml belongs to conf/\n", encoding="utf-8")
+
+
+def is_current() -> bool:
+    """Say whether params.yaml was composed from conf/ as it is now, with overrides or without."""
+    return values_of(text_of(PARAMS)).get("conf_digest") == digest()
+
+
+def recompose() -> tuple[Values, Values]:
+    """Compose params.yaml anew and print what changed; return the values before and after."""
+    old, composed = values_of(text_of(PARAMS)), compose()
+    with written_beside(PARAMS) as beside:
+        beside.write_text(composed, encoding="utf-8")
+    new = values_of(composed)
+    usable = data_path(old) is not None  # else it was missing, or a merge broke it
+    print("\n".join(differences(old, new)) if usable else f"{PARAMS}: composed from {CONF}/")
+    return old, new
 
 
 def check_strictly() -> None:
@@ -60,7 +71,7 @@ def check_strictly() -> None:
         )
 
 
-def compose() -> str:
+def compose(overrides: Sequence[str] = ()) -> str:
     """Return the text that conf/ composes to, by DVC's own composer. Raises `UserError` for nonsense."""
     from dvc.utils.hydra import compose_and_dump  # stages load fast without it
     from hydra.errors import HydraException
@@ -68,7 +79,7 @@ def compose() -> str:
     with tempfile.TemporaryDirectory() as folder:
         composed = Path(folder, PARAMS.name)
         try:
-            compose_and_dump(str(composed), str(CONF.resolve()), None, "config", ".", [])
+            compose_and_dump(str(composed), str(CONF.resolve()), None, "config", ".", [*overrides])
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"conf/ does not compose: {in_one_line(error)}") from None
         return composed.read_text(encoding="utf-8")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from lab.git import git_output
 from stages.errors import UserError
-from stages.params import compose, differences
-from stages.settings import PARAMS
+from stages.params import compose, is_current, recompose
 
 LOCKS = ("cuda.txt", "azure.txt")
 DOCKERFILE = Path(__file__).with_name("Dockerfile")
@@ -17,11 +16,8 @@ DOCKERFILE = Path(__file__).with_name("Dockerfile")
 
 def bring_params_up_to_date(overrides: list[str]) -> None:
     """Compose params.yaml again if conf/ was edited, and refuse overrides that do not compose."""
-    composed = compose()
-    digest = [line for line in composed.splitlines() if line.startswith("conf_digest:")]
-    if not PARAMS.exists() or digest[0] not in PARAMS.read_text(encoding="utf-8"):
-        print(f"conf/ changed, so params.yaml was composed again:\n{differences(composed)}")
-        PARAMS.write_text(composed, encoding="utf-8")
+    if not is_current():
+        recompose()
     if overrides:
         compose(overrides)
 

@@ -11,6 +11,7 @@ from blob_service import Container, Project, cloned, lab, new_container
 from conftest import stages_that_ran
 
 pytestmark = [pytest.mark.azure, pytest.mark.slow]
+TIMED = ("finetune", "training", "adapt", "evaluate", "decode")
 MORE_TRAINING = ["-S", "finetune.max_steps=3"]
 
 
@@ -108,11 +109,12 @@ def test_its_push_sends_the_adapter_and_the_small_results_alone(trained):
         "metrics/raw/finetune.json",
         "metrics/raw/evaluate.json",
         "metrics/raw/predictions.jsonl",
+        *(f"metrics/speed/{name}.json" for name in TIMED),
     }
     adapter = size_of(machine.root / "models/adapter") + size_of(
         machine.root / "models/onnx_adapter"
     )
-    results = size_of(machine.root / "metrics/raw")
+    results = size_of(machine.root / "metrics/raw") + size_of(machine.root / "metrics/speed")
     everything = sum(before.values())
     print(f"pushed {sum(new.values())} bytes of new objects; the first push had {everything}")
     assert sum(new.values()) < adapter + results + 10_000  # the lists of directories
