@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from lab import chat, doctor, dvc, fsck, remote_setup, run
-from lab.azureml import jobs, register, submit
+from lab.azureml import download, jobs, register, submit
 from lab.experiments import promote, table
 from lab.review import command as review
 from stages.running import be_quiet, one_line_errors
@@ -27,7 +27,9 @@ app.command(name="doctor")(doctor.doctor)
 app.command(name="fsck")(fsck.fsck)
 app.command(name="submit")(submit.submit)
 app.command(name="jobs")(jobs.jobs)
+app.command(name="cancel")(jobs.cancel)
 app.command(name="register")(register.register)
+app.command(name="download")(download.download)
 remote = typer.Typer(no_args_is_help=True, help="The Azure Blob remote.")
 remote.command(name="setup")(remote_setup.setup)
 app.add_typer(remote, name="remote")

@@ -9,9 +9,12 @@ It prints the dvc commands that it runs; they do the same when typed by hand.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -39,16 +42,37 @@ def run(
 ) -> None:
     """Pull what changed stages need, run them, push artefacts, run cache and experiment."""
     preflight()
-    targets = stages or []
-    if overrides or name:
-        name = name or random_name()
-        settings = [word for override in overrides or [] for word in ("-S", override)]
-        dvc("exp", "run", "--pull", "--allow-missing", "--name", name, *settings, *targets)
-    else:
-        dvc("repro", "--pull", "--allow-missing", *targets)
-    dvc("push", "--run-cache", *(["--jobs", str(jobs)] if jobs else []))
+    name = name or (random_name() if overrides else None)
+    push = ["push", "--run-cache", *(["--jobs", str(jobs)] if jobs else [])]
+    with pushing_also_after(push):
+        compute(overrides or [], stages or [], name)
+    dvc(*push)
     if name:
         push_experiment(name)
+
+
+def compute(overrides: list[str], stages: list[str], name: str | None) -> None:
+    """Run what changed: as an experiment where it has a name, in the workspace otherwise."""
+    if name:
+        settings = [word for override in overrides for word in ("-S", override)]
+        dvc("exp", "run", "--pull", "--allow-missing", "--name", name, *settings, *stages)
+    else:
+        dvc("repro", "--pull", "--allow-missing", *stages)
+
+
+@contextlib.contextmanager
+def pushing_also_after(push: list[str]) -> Iterator[None]:
+    """Push the finished stages also when a later one fails, or when the machine is taken away (SIGTERM)."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("lab: terminated"))
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(UserError):  # what failed first is what the user hears of
+            dvc(*push)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def preflight() -> None:

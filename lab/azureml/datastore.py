@@ -68,6 +68,22 @@ class Datastore:
                 content_settings=ContentSettings(content_md5=bytearray(md5(file))),
             )
 
+    def download(self, prefix: str, folder: Path) -> list[str]:
+        """Stream the files below `prefix` to `folder`; return their names."""
+        with azureml.in_words():
+            blobs = {
+                b.name.removeprefix(f"{prefix}/"): b
+                for b in self.container.list_blobs(f"{prefix}/")
+            }
+            total = sum(blob.size for blob in blobs.values())
+            with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+                for name, blob in blobs.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    with (folder / name).open("wb") as stream:
+                        self.container.download_blob(blob.name).readinto(stream)
+                    bar.update(blob.size)
+        return list(blobs)
+
     def read(self, prefix: str) -> dict[str, bytes]:
         """Return the (small) files below `prefix` by their names."""
         with azureml.in_words():

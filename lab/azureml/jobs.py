@@ -2,6 +2,7 @@
 
 lab jobs
 lab jobs --restore NAME       # results of a job that was not waited for, into the workspace
+lab cancel NAME
 """
 
 from __future__ import annotations
@@ -53,15 +54,33 @@ def line(store: Datastore, job) -> str:
     return f"{job.name:24} {state:10} {what:32} {' '.join(shown)}".rstrip()
 
 
-def restore_job(client, name: str) -> None:
-    """Save a finished job's results as an experiment and bring them into the workspace."""
+def cancel(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As lab jobs lists it.")],
+) -> None:
+    """Cancel a job; what its finished stages pushed stays in the remote."""
+    client = workspace.need().connect()
+    state = submit.word(find(client, name).status)
+    if state in submit.ENDED:
+        raise UserError(f"job {name} is {state} already: nothing to cancel")
+    with azureml.in_words():
+        client.jobs.begin_cancel(name)
+    print(f"{name} is being canceled: lab jobs shows when it has ended")
+
+
+def find(client, name: str):
+    """Return a job by its name. Raises `UserError` where there is none."""
     from azure.core.exceptions import ResourceNotFoundError
 
     with azureml.in_words():
         try:
-            job = client.jobs.get(name)
+            return client.jobs.get(name)
         except ResourceNotFoundError:
             raise UserError(f"no job {name}: lab jobs lists them") from None
+
+
+def restore_job(client, name: str) -> None:
+    """Save a finished job's results as an experiment and bring them into the workspace."""
+    job = find(client, name)
     state, baseline = submit.word(job.status), (job.tags or {}).get("baseline")
     if baseline is None:
         raise UserError(f"job {name} is not one of lab submit: lab jobs lists those that are")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "olive-lab"  # the jobs' name in Azure ML studio
 CLUSTER = "gpu-cluster"
+ENDED = ("Completed", "Failed", "Canceled")
 
 
 class JobFailed(UserError):
@@ -203,7 +204,12 @@ def watch(client: MLClient, job: str) -> None:
         state = state_of(client, job)
     except UserError as error:
         raise UserError(f"{error}; the job runs on: lab jobs --restore {job}, later") from None
-    if state not in ("Completed", "Failed", "Canceled"):
+    except KeyboardInterrupt:
+        raise UserError(
+            f"no longer waiting, {job} runs on: lab jobs --restore {job} brings its results, "
+            f"lab cancel {job} ends it"
+        ) from None
+    if state not in ENDED:
         raise UserError(f"{job} goes on without us: lab jobs --restore {job}, later")
     if state != "Completed":
         raise JobFailed(

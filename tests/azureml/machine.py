@@ -34,11 +34,14 @@ class Machines:
         self.cloud = cloud
         self.folder = folder
         self.threads: list[threading.Thread] = []
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.canceled: set[str] = set()
         self.free = threading.Event()  # cleared: the cluster is full, jobs wait for `wait`
         self.free.set()
         self.identity = Server(("127.0.0.1", 0), Identity)
         threading.Thread(target=self.identity.serve_forever, daemon=True).start()
         cloud.service.start_job = self.start
+        cloud.service.cancel_job = self.cancel
 
     def start(self, name: str, job: dict) -> None:
         """Begin a job, as the service does once it has accepted it."""
@@ -57,13 +60,19 @@ class Machines:
         self.set_status(name, "Running")
         self.cloud.download(self.code_of(job), home / "code")
         self.free.wait()
-        process = self.begin(job, home)
+        process = self.processes[name] = self.begin(job, home)
         while process.poll() is None:
             time.sleep(0.5)
             log.upload_blob((home / "log.txt").read_bytes(), overwrite=True)
         log.upload_blob((home / "log.txt").read_bytes(), overwrite=True)
         self.upload_outputs(job, home)
-        self.set_status(name, "Failed" if process.returncode else "Completed")
+        ended = "Canceled" if name in self.canceled else "Failed"
+        self.set_status(name, ended if process.returncode else "Completed")
+
+    def cancel(self, name: str) -> None:
+        """Ask a job's process to end, as the service does before it takes the node away."""
+        self.canceled.add(name)
+        self.processes[name].terminate()
 
     def set_status(self, name: str, status: str) -> None:
         """Tell both planes how a job is; the run history says more of a failure."""

@@ -54,6 +54,7 @@ class Service:
         self.refusals: dict[str, Answer] = {}  # pattern of method and path: what it answers instead
         self.denied: dict[str, float] = {}  # method and path: when it was first refused
         self.start_job: Callable[[str, dict], None] = lambda name, body: None
+        self.cancel_job: Callable[[str], None] = lambda name: None
         self.new_container: Callable[[], tuple[str, str]] = lambda: ("", "")
         self.read_sas: Callable[[str], str] = lambda uri: uri
         handler = type("Bound", (Handler,), {"service": self})
@@ -208,6 +209,12 @@ def put_job(service: Service, body: dict, name: str) -> Answer:
     resource = service.put(f"{HOME}/jobs/{name}", properties)
     service.start_job(name, resource)
     return 201, resource
+
+
+@route("POST", rf"{HOME}/jobs/([^/]+)/cancel")
+def cancel_job(service: Service, body: Any, name: str) -> Answer:
+    service.cancel_job(name)
+    return 200, None
 
 
 @route("GET", r"/discovery")

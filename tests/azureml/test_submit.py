@@ -9,7 +9,7 @@ import time
 
 import pytest
 import yaml
-from conftest import stages_that_ran
+from conftest import stages_that_ran, wait_until
 
 from .cloud import REMOTE
 from .conftest import files_of
@@ -45,7 +45,7 @@ def snapshot(cloud) -> dict[str, bytes]:
     return files_of(folder)
 
 
-def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, network, tmp_path):
+def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, tmp_path):
     laptop.dvc("push", "--run-cache")
     old = (laptop.root / "models/adapter/adapter_model.safetensors").read_bytes()
     laptop.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 3")
@@ -63,12 +63,14 @@ def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, network
     laptop.commit()
     assert "version 1" in laptop.lab("register")
     assert "nothing to do" in laptop.lab("register")
-    from lab.azureml import workspace
-
-    workspace.find().connect().models.download("ft-for-travel", "1", download_path=tmp_path / "got")
-    (onnx,) = (tmp_path / "got").rglob("onnx")
+    got = tmp_path / "got"
+    assert "lab chat --model" in laptop.lab("download", "ft-for-travel", "--to", str(got))
     for folder in ("onnx", "onnx_adapter"):
-        assert files_of(onnx.parent / folder) == files_of(laptop.root / "models" / folder)
+        assert files_of(got / folder) == files_of(laptop.root / "models" / folder)
+    adapter = f"travel={got}/onnx_adapter/adapter.onnx_adapter"
+    laptop.lab("chat", "--model", f"{got}/onnx", "--adapter", adapter, "where is Chicago")
+    assert "is there already" in laptop.lab("download", "ft-for-travel", "--to", str(got), exits=1)
+    assert "there is 1 (" in laptop.lab("download", "ft-for-travel:7", exits=1)
     (line,) = laptop.lab("jobs").splitlines()
     assert line.split()[:2] == [job, "Completed"]
     assert "=" in line
@@ -202,3 +204,17 @@ def test_the_environment_is_our_lock_and_the_job_has_no_secret(laptop, cloud):
     assert context["azure.txt"] == (laptop.root / "requirements/azure.txt").read_bytes()
     assert len(context) <= 100
     assert sum(map(len, context.values())) < 1e6
+
+
+def test_a_job_that_is_canceled_half_way_leaves_what_it_finished_to_the_next(laptop, cloud):
+    laptop.dvc("push", "--run-cache")
+    laptop.replace("conf/experiment/shrunk.yaml", "prompts: 3", "prompts: 2")
+    laptop.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 3")
+    (job,) = submitted(laptop.lab("submit", "--detach"))
+    wait_until(lambda: "Running stage 'evaluate'" in log_of(cloud, job))
+    assert "is being canceled" in laptop.lab("cancel", job)
+    cloud.machines.wait()
+    assert "Canceled" in laptop.lab("jobs")
+    assert "nothing to cancel" in laptop.lab("cancel", job, exits=1)
+    (following,) = submitted(laptop.lab("submit"))
+    assert stages_that_ran(log_of(cloud, following)) == ["evaluate", "report"]
