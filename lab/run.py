@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 
 from lab import doctor, remote
+from lab.overrides import check
 from stages.errors import UserError
 
 
@@ -41,6 +42,7 @@ def run(
     ] = None,
 ) -> None:
     """Pull what changed stages need, run them, push artefacts, run cache and experiment."""
+    check(overrides or [])
     preflight()
     name = name or (random_name() if overrides else None)
     push = ["push", "--run-cache", *(["--jobs", str(jobs)] if jobs else [])]

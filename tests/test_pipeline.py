@@ -1,6 +1,8 @@
 """The pipeline through real DVC, on the tiny model: what runs when, and what is left when it stops."""
 
 import json
+import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -224,6 +226,30 @@ def test_killing_dvc_kills_the_stage_and_what_it_started(tmp_path, shell):
     process.kill()
     process.wait()
     wait_until(lambda: not is_alive(stage) and not is_alive(child))
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(finished, fresh):
+    """Moments are drawn in seconds of CPU time, so that a busy machine draws them no earlier."""
+    dice = random.Random(20)
+    for _ in range(20):
+        process = fresh.start(sys.executable, "-m", "dvc", "repro", stdout=subprocess.DEVNULL)
+        budget = dice.uniform(0.5, 8)
+        wait_until(lambda: cpu_seconds(process.pid) > budget or process.poll() is not None)  # noqa: B023
+        process.kill()
+        process.wait()
+    fresh.dvc("repro")
+    assert untimed(fresh) == untimed(finished)
+    assert left_behind(fresh) == []
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process and those that it started have used, 0 once it has ended."""
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        times = [member.cpu_times() for member in family]
+    except psutil.NoSuchProcess:
+        return 0.0
+    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
 
 
 # A stage that starts a process and never ends.

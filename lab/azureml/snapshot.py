@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from lab.git import git_output
+from lab.overrides import check
 from stages.errors import UserError
-from stages.params import compose, is_current, recompose
+from stages.params import is_current, recompose
 
 LOCKS = ("cuda.txt", "azure.txt")
 DOCKERFILE = Path(__file__).with_name("Dockerfile")
@@ -18,8 +19,7 @@ def bring_params_up_to_date(overrides: list[str]) -> None:
     """Compose params.yaml again if conf/ was edited, and refuse overrides that do not compose."""
     if not is_current():
         recompose()
-    if overrides:
-        compose(overrides)
+    check(overrides)
 
 
 def take(folder: Path) -> Path:

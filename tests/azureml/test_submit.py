@@ -52,7 +52,7 @@ def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, tmp_pat
 
     output = laptop.lab("submit")
     (job,) = submitted(output)
-    assert stages_that_ran(log_of(cloud, job)) == RETRAINED
+    assert stages_that_ran(log_of(cloud, job)) == ["params", *RETRAINED]
     assert stages_that_ran(output.partition("Execution Summary")[2]) == []
 
     params = yaml.safe_load((laptop.root / "params.yaml").read_text())
@@ -217,4 +217,4 @@ def test_a_job_that_is_canceled_half_way_leaves_what_it_finished_to_the_next(lap
     assert "Canceled" in laptop.lab("jobs")
     assert "nothing to cancel" in laptop.lab("cancel", job, exits=1)
     (following,) = submitted(laptop.lab("submit"))
-    assert stages_that_ran(log_of(cloud, following)) == ["evaluate", "report"]
+    assert stages_that_ran(log_of(cloud, following)) == ["params", "evaluate", "report"]

@@ -1,0 +1,74 @@
+"""Overrides as people type them: understood, or refused in one line that says how to write them.
+
+check(["finetune.max_steps=200"])      # raises UserError before anything is asked for, stashed or run
+
+`dvc exp run -S` and Hydra take the same words, but refuse them in several lines that name no way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from stages.conf import CONF
+from stages.errors import UserError
+from stages.params import compose, flat, values_of
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Raise `UserError` unless conf/ composes with these overrides to valid settings."""
+    if not overrides:
+        return
+    plain = values_of(compose())
+    for text in overrides:
+        check_key(text, parse(text), [*plain, *flat(plain)])
+    compose(overrides)
+
+
+def parse(text: str) -> Override:
+    """Return one override. Raises `UserError` that says how to quote it."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        raise UserError(f"-S {text}: cannot be read: {way_out(text)}") from None
+    if override.is_sweep_override():
+        raise UserError(f"-S {text}: several values need a queue: dvc exp run --queue -S '{text}'")
+    return override
+
+
+def way_out(text: str) -> str:
+    """Say how an override that Hydra cannot read is written."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        return "write KEY=VALUE"
+    if re.search(r"[^\w.@/+~:]", key):
+        return f"{key!r} is no key; did you mean {key.replace('-', '_')}?"
+    escaped = value.strip("'\"").replace("'", "\\'")
+    return f"quote the value twice, for the shell and for Hydra: -S \"{key}='{escaped}'\""
+
+
+def check_key(text: str, override: Override, known: list[str]) -> None:
+    """Raise `UserError` for a key or an option of a group that conf/ does not have."""
+    key = override.key_or_group
+    if (CONF / key).is_dir():
+        check_option(key, override.value())
+    elif (
+        not (override.is_add() or override.is_delete()) and key not in known and key != "experiment"
+    ):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see params.yaml for the keys"
+        raise UserError(f"-S {text}: {key} is not a key; {hint}")
+
+
+def check_option(group: str, option: object) -> None:
+    """Raise `UserError` for an option that a group does not have."""
+    options = sorted(file.stem for file in Path(CONF, group).glob("*.yaml"))
+    for name in option if isinstance(option, list) else [option]:
+        if name is not None and str(name) not in options:
+            raise UserError(f"-S {group}={name}: conf/{group} has {', '.join(options)}")

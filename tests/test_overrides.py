@@ -1,0 +1,55 @@
+"""Overrides as people type them keep their value, or are refused in one line with the way out."""
+
+import pytest
+from conftest import ROOT
+
+from lab import overrides
+from stages.errors import UserError
+from stages.params import compose, flat, values_of
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("finetune.lr=1e-6", 1e-6),
+        ("finetune.lr=.5e-3", 0.0005),
+        ("finetune.target_modules=[q_proj,v_proj]", ["q_proj", "v_proj"]),
+        ("data.path='/data/My Models/a=b.jsonl'", "/data/My Models/a=b.jsonl"),
+        (r"data.path='C:\data\new'", r"C:\data\new"),
+        ("data.path='data/été #2.jsonl'", "data/été #2.jsonl"),
+    ],
+)
+def test_a_value_is_kept_as_it_was_typed(text, value):
+    overrides.check([text])
+    assert flat(values_of(compose([text])))[text.partition("=")[0]] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("data.path=/data/My Models/a=b.jsonl", r"quote the value .*='/data/My Models/a=b.jsonl'"),
+        ("finetune.max-steps=5", r"did you mean finetune\.max_steps"),
+        (
+            "finetune.maxsteps=5",
+            r"finetune\.maxsteps is not a key; did you mean finetune\.max_steps",
+        ),
+        ("+finetune.maxsteps=5", r"finetune\.maxsteps is not a known key"),
+        ("model=no_such_model", r"conf/model has .*smollm2_135m"),
+        ("finetune.max_steps=1,2", "dvc exp run --queue"),
+        ("finetune.max_steps=1e3", r"finetune\.max_steps is 1000\.0"),
+        ("finetune.max_steps=200.0", r"finetune\.max_steps is 200\.0"),
+        ("finetune.target_modules='[q_proj,v_proj]'", r"finetune\.target_modules"),
+        ("data.path=${x}", "Interpolation key 'x' not found"),
+        ("finetune.max_steps", "write KEY=VALUE"),
+        ("finetune.max_steps=null", r"finetune\.max_steps is None"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(text, reason):
+    with pytest.raises(UserError, match=reason) as refusal:
+        overrides.check([text])
+    assert "\n" not in str(refusal.value)
