@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         run(quantize)                # quantize(settings) -> what it made, in words
 
-`run` checks params.yaml, leases a GPU where there is one, turns every error that a user can cause into one
+`run` checks params.yaml, turns every error that a user can cause into one
 line and a non-zero exit, and writes what the run cost (seconds, peak memory) to metrics/speed/<stage>.json.
 Those figures never repeat, so they are an output of their own, which only `report` reads.
 """
@@ -29,7 +29,6 @@ from typing import Any
 import psutil
 
 from stages.errors import UserError
-from stages.lease import lease_gpus
 from stages.settings import Settings, load_current
 
 RUNTIME = Path("metrics/speed")
@@ -49,10 +48,8 @@ def run(stage: Callable[[Settings], str]) -> None:
     be_quiet()
     with one_line_errors(name):
         settings = load_current()
-        waited = lease_gpus(name, settings)
         made = stage(settings)
-        # the imports are part of the stage, waiting for a GPU is not
-        seconds = time.time() - psutil.Process().create_time() - waited
+        seconds = time.time() - psutil.Process().create_time()  # the imports are part of it
         cost = {"seconds": round(seconds, 1), **peak_memory()}
         if name != "report":  # whose outputs git tracks
             write_json(RUNTIME / f"{name}.json", cost)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, stages_that_ran
+from conftest import ROOT, Project, stages_that_ran
 
 from lab.experiments.edits import compose, leaves, write_into
 from stages.errors import UserError
@@ -66,35 +66,48 @@ def test_what_conf_cannot_express_is_named(conf):
         write_into(conf, nested(wanted), "exp")
 
 
+@pytest.fixture(scope="session")
+def with_experiment(once, finished) -> Project:
+    """A clone after an experiment called `more`, which left its workspace alone. Only read it."""
+
+    def experiment(root) -> None:
+        project = finished.copy(root)
+        project.dvc("exp", "run", "--temp", "--name", "more", "-S", "finetune.max_steps=3")
+
+    return Project(once("with_experiment", experiment))
+
+
+@pytest.fixture
+def tried(with_experiment, tmp_path) -> Project:
+    """A test's own copy of it."""
+    return with_experiment.copy(tmp_path / "tried")
+
+
 @pytest.mark.slow
-def test_a_promoted_experiment_is_the_new_default_with_its_results(project):
-    project.dvc("exp", "run", "--temp", "--name", "more", "-S", "finetune.max_steps=3")
-    shown = project.python("lab.cli", "exp", "--csv")
+def test_a_promoted_experiment_is_the_new_default_with_its_results(tried):
+    shown = tried.python("lab.cli", "exp", "--csv")
     header = shown.splitlines()[0].split(",")
     assert "finetune.max_steps" in header
     assert not [name for name in header if "/" in name or "runtime" in name or "base" in name]
-    output = project.python("lab.cli", "promote", "more")
+    output = tried.python("lab.cli", "promote", "more")
     assert "finetune.max_steps=3" in output
-    assert project.git("status", "--short") == ""
-    assert "Promote experiment more" in project.git("log", "-1", "--format=%B")
-    assert "max_steps: 3" in (project.root / "conf/experiment/shrunk.yaml").read_text()
-    project.python("stages.params", "--strict")
-    project.python("lab.cli", "review", "--stages")
-    assert stages_that_ran(project.dvc("repro")) == []
+    assert tried.git("status", "--short") == ""
+    assert "Promote experiment more" in tried.git("log", "-1", "--format=%B")
+    assert "max_steps: 3" in (tried.root / "conf/experiment/shrunk.yaml").read_text()
+    tried.python("stages.params", "--strict")
+    tried.python("lab.cli", "review", "--stages")
+    assert stages_that_ran(tried.dvc("repro")) == []
 
 
 @pytest.mark.slow
-def test_promoting_loses_no_work_and_names_what_stands_in_the_way(project):
-    project.dvc("exp", "run", "--temp", "--name", "more", "-S", "finetune.max_steps=3")
-    missing = project.python("lab.cli", "promote", "none-such", exits=1)
+def test_promoting_loses_no_work_and_names_what_stands_in_the_way(tried):
+    missing = tried.python("lab.cli", "promote", "none-such", exits=1)
     assert missing.startswith("lab: none-such is no experiment of this repository")
-    project.replace("README.md", "# olive-lab", "# My lab")
-    assert "uncommitted changes (README.md)" in project.python(
-        "lab.cli", "promote", "more", exits=1
-    )
-    assert "# My lab" in (project.root / "README.md").read_text()
-    project.commit()
-    late = project.python("lab.cli", "promote", "more", exits=1)
+    tried.replace("README.md", "# olive-lab", "# My lab")
+    assert "uncommitted changes (README.md)" in tried.python("lab.cli", "promote", "more", exits=1)
+    assert "# My lab" in (tried.root / "README.md").read_text()
+    tried.commit()
+    late = tried.python("lab.cli", "promote", "more", exits=1)
     assert "was run on commit" in late
 
 
@@ -109,15 +122,14 @@ def test_an_experiment_that_ran_with_edited_code_is_not_promoted_without_it(proj
 
 
 @pytest.mark.slow
-def test_an_experiment_without_its_results_says_at_once_what_to_pull(project):
-    project.dvc("exp", "run", "--temp", "--name", "more", "-S", "finetune.max_steps=3")
-    shutil.rmtree(project.root / ".dvc/cache")
-    project.dvc("remote", "add", "--local", "--default", "dead", "http://127.0.0.1:1/")
-    output = project.python("lab.cli", "promote", "more", exits=1)
+def test_an_experiment_without_its_results_says_at_once_what_to_pull(tried):
+    shutil.rmtree(tried.root / ".dvc/cache")
+    tried.dvc("remote", "add", "--local", "--default", "dead", "http://127.0.0.1:1/")
+    output = tried.python("lab.cli", "promote", "more", exits=1)
     assert output.startswith("lab: models/")
     assert "`lab dvc exp pull GIT_REMOTE more` brings them" in output
     assert len(output.splitlines()) == 1
-    assert project.git("status", "--short") == ""
+    assert tried.git("status", "--short") == ""
 
 
 def test_leaves_are_what_a_run_can_set():

@@ -132,13 +132,23 @@ def test_a_review_that_cannot_start_leaves_its_error_on_the_page(tmp_path):
     assert (tmp_path / "summary").read_text() == page
 
 
+@pytest.fixture(scope="session")
+def two_commits(once, finished) -> Project:
+    """Two commits that differ in one parameter. Only read it."""
+
+    def change(root) -> None:
+        project = finished.copy(root)
+        project.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 4")
+        project.dvc("repro")
+        project.commit()
+
+    return Project(once("two_commits", change))
+
+
 @pytest.fixture
-def changed(project) -> Project:
-    """Two commits that differ in one parameter."""
-    project.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 4")
-    project.dvc("repro")
-    project.commit()
-    return project
+def changed(two_commits, tmp_path) -> Project:
+    """A test's own copy of the two commits."""
+    return two_commits.copy(tmp_path / "changed")
 
 
 @pytest.mark.slow
