@@ -87,7 +87,6 @@ bench: setup ## measure decoding, LoRA and AWQ beside their peers, after make re
 	@.venv-peers/bin/python -m pip install -q --extra-index-url $(TORCH_CPU_INDEX) \
 	  "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/cpu.txt)" llmcompressor==0.14.0.1
 	@$(BIN)/python -m benchmarks.decode
-	@$(BIN)/python -m benchmarks.variants
 	@$(BIN)/python -m benchmarks.lora
 	@$(BIN)/python -m benchmarks.awq --peer .venv-peers/bin/python
 

@@ -120,18 +120,6 @@ def rtn(folder: Path) -> dict[str, Any]:
     return quantized_by(folder, (Rtn, {}))
 
 
-def auto_clip(folder: Path) -> dict[str, Any]:
-    """Clip by Olive's AutoClip, then round to nearest."""
-    from olive.passes.pytorch.autoclip import AutoClip
-    from olive.passes.pytorch.rtn import Rtn
-
-    from stages.quantize import gptq_config
-
-    tokens, scratch = load_file(folder / "tokens.safetensors")["calibration"], folder / "clip"
-    scratch.mkdir()
-    return quantized_by(folder, (AutoClip, gptq_config({}, tokens, scratch)), (Rtn, {}))
-
-
 def quantized_by(folder: Path, *passes: tuple[type, dict[str, Any]]) -> dict[str, Any]:
     """Run Olive passes on the base; return seconds, memory and perplexity."""
     from olive.model import HfModelHandler
@@ -155,7 +143,7 @@ def quantized_by(folder: Path, *passes: tuple[type, dict[str, Any]]) -> dict[str
     return {"seconds": seconds, **memory, "perplexity": round(value, 3)}
 
 
-CONTEST = {"rtn": rtn, "ours": ours, "olive_auto_clip": auto_clip}
+CONTEST = {"rtn": rtn, "ours": ours}
 
 if __name__ == "__main__":
     main()

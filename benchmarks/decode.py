@@ -25,12 +25,9 @@ from benchmarks.machine import keep
 REPEATS = 3
 ONNX = Path("models/onnx")
 ADAPTER = Path("models/onnx_adapter/adapter.onnx_adapter")
-MERGED = ADAPTER.parent / "merged"
 CONTESTANTS = (
-    "onnx_without_lora_inputs",
     "onnx",
     "onnx_adapter",
-    "onnx_merged",
     "llama_cpp",
     "hugging_face",
 )
@@ -78,7 +75,7 @@ def limit() -> dict[str, Any]:
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     seconds = min(timed(lambda: target.copy_(source), device) for _ in range(5))
     bandwidth = 2 * size / seconds
-    weights = sum(file.stat().st_size for file in ONNX.glob("model.onnx*"))
+    weights = (ONNX / "model.onnx.data").stat().st_size
     return {
         "device": device,
         "bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
@@ -117,11 +114,11 @@ def prompt_of(length: int, batch: int) -> np.ndarray:
     return np.random.default_rng(0).integers(10, 300, (batch, length), dtype=np.int32)
 
 
-def onnx(options, folder: Path = ONNX, adapter: Path | None = None) -> dict[str, Any]:
+def onnx(options, adapter: Path | None = None) -> dict[str, Any]:
     """Decode with ONNX Runtime GenAI."""
     from stages.generation import OnnxModel, og
 
-    model = OnnxModel(folder, {"adapter": adapter} if adapter else None)
+    model = OnnxModel(ONNX, {"adapter": adapter} if adapter else None)
 
     def decode(length: int, batch: int) -> list[float]:
         params = og.GeneratorParams(model.model)
@@ -146,19 +143,6 @@ def ticks(step, options) -> list[float]:
         step()
         moments.append(time.perf_counter())
     return list(np.diff(moments))
-
-
-def without_lora_inputs(options) -> dict[str, Any]:
-    """Decode with the graph as ModelBuilder made it: the optional inputs' price is the difference."""
-    import tempfile
-
-    from stages import optimize
-    from stages.settings import load
-
-    with tempfile.TemporaryDirectory(dir=ONNX.parent) as scratch:
-        with optimize.quietly():
-            graph = optimize.export(optimize.QUANTIZED, load().optimize, Path(scratch))
-        return onnx(options, Path(graph.model_path).parent)
 
 
 def llama_cpp(options) -> dict[str, Any]:
@@ -215,10 +199,8 @@ def hugging_face(options) -> dict[str, Any]:
 
 
 CONTEST = {
-    "onnx_without_lora_inputs": without_lora_inputs,
     "onnx": onnx,
     "onnx_adapter": lambda options: onnx(options, adapter=ADAPTER),
-    "onnx_merged": lambda options: onnx(options, MERGED),
     "llama_cpp": llama_cpp,
     "hugging_face": hugging_face,
 }
