@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages import catalogue, random_model
+from stages import catalogue, loadable, random_model
 from stages.errors import UserError
 from stages.running import in_megabytes, read_json, run, size_of, write_json, written_beside
 from stages.settings import (
@@ -43,6 +43,7 @@ def fetch(settings: Settings) -> str:
         remark = SOURCES[type(source)](source, folder) or ""
         check_is_loadable(folder)
         forget_remote_code(folder)
+        loadable.check(folder)
     return f"{BASE} ({settings.model.name}, {in_megabytes(size_of(BASE))}){remark}"
 
 
