@@ -1,31 +1,32 @@
 """Quantize the base model to 4 bits: models/base to models/quantized (Olive's packed checkpoint).
 
-    python -m stages.quantize        # conf/quantize says how: awq, rtn or gptq
+    python -m stages.quantize        # conf/quantize says how: awq or rtn
 
-The raw metrics compare perplexity, on text that calibration never saw, of the float model, of plain
-rounding (RTN) and of what was made.
+The raw metrics compare perplexity, on prose and on task text that calibration never saw, of the float model,
+of plain rounding (RTN) and of what was made.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from olive.common.quant.utils import WeightQuantizer
-from olive.data.registry import Registry
 from olive.model import HfModelHandler
 from olive.passes.olive_pass import create_pass_from_dict
-from olive.passes.pytorch.gptq import Gptq
 from olive.passes.pytorch.rtn import Rtn
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from safetensors.torch import save_file
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, set_seed
 
 from stages.architecture import check_family, projections
 from stages.chats import read_rows, sequences
 from stages.checkpoint import load_dequantized, load_float, load_tokenizer
 from stages.errors import UserError
+from stages.hardware import fast_dtype
 from stages.passes.awq import Awq
 from stages.perplexity import perplexity
 from stages.running import in_megabytes, run, size_of, write_json, written_beside
@@ -34,7 +35,9 @@ from stages.settings import Quantize, Settings
 BASE = Path("models/base")
 PREPARED = Path("data/prepared")
 QUANTIZED = Path("models/quantized")
+HELDOUT = Path("data/heldout.txt")
 METRICS = Path("metrics/raw/quantize.json")
+SMALLEST_GROUP = 16  # of the kernels that run the graph
 
 
 def quantize(settings: Settings) -> str:
@@ -60,14 +63,30 @@ def check(options: Quantize) -> None:
             f"quantize.eight_bit_modules has {sorted(unknown)[0]!r}: "
             f"must be some of {', '.join(projections(config))}"
         )
-    for name in ("hidden_size", "intermediate_size"):
-        width = getattr(config, name, 0)  # RTN takes families that name it otherwise
-        if width % options.group_size:
-            raise UserError(
-                f"quantize.group_size is {options.group_size}: must divide the model's {name} {width}"
-            )
+    check_group_size(config, options.group_size)
     if options.perplexity_sequences:
-        validation_text(options)
+        task_text(options)
+
+
+def check_group_size(config, group_size: int) -> None:
+    """Raise unless the group size divides the input width of every linear; name one that does."""
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    widths = {
+        name: linear.in_features
+        for name, linear in model.named_modules()
+        if isinstance(linear, nn.Linear)
+    }
+    for name, width in widths.items():
+        if width % group_size:
+            fitting = math.gcd(*widths.values())
+            fitting &= -fitting  # the largest power of two that divides them all
+            advice = (
+                f"{fitting} does" if fitting >= SMALLEST_GROUP else "no size of the kernels does"
+            )
+            raise UserError(
+                f"quantize.group_size is {group_size}: does not divide {name}'s input {width}: {advice}"
+            )
 
 
 def base_handler(options: Quantize) -> HfModelHandler:
@@ -84,18 +103,8 @@ def make_pass(options: Quantize, scratch: Path):
     config = pass_config(options)
     if options.method == "rtn":
         return create_pass_from_dict(Rtn, config, disable_search=True)
-    tokens = calibration_set(options)
-    if options.method == "gptq":
-        return create_pass_from_dict(
-            Gptq, gptq_config(config, tokens, scratch), disable_search=True
-        )
-    save_file({"tokens": tokens}, scratch / "tokens.safetensors")
-    search = {
-        "calibration": str(scratch / "tokens.safetensors"),
-        "scale_grid": options.scale_grid,
-        "clip_grid": options.clip_grid,
-        "clip_min": options.clip_min,
-    }
+    save_file({"tokens": calibration_set(options)}, scratch / "tokens.safetensors")
+    search = {"calibration": str(scratch / "tokens.safetensors"), "scale_grid": options.scale_grid}
     return create_pass_from_dict(Awq, config | search, disable_search=True)
 
 
@@ -122,45 +131,52 @@ def mixed_bits(options: Quantize) -> dict[str, int]:
     return bits
 
 
-def gptq_config(config: dict[str, Any], tokens: torch.Tensor, scratch: Path) -> dict[str, Any]:
-    """Return the settings of Olive's Gptq, fed with our calibration set."""
-    save_file({"tokens": tokens}, scratch / "tokens.safetensors")
-    dataset = {
-        "type": "calibration_tokens",
-        "params": {"path": str(scratch / "tokens.safetensors")},
-    }
-    data = {
-        "name": "calibration",
-        "load_dataset_config": dataset,
-        "pre_process_data_config": {"type": "skip_pre_process"},
-        "post_process_data_config": {"type": "skip_post_process"},
-        "dataloader_config": {"type": "default_dataloader", "params": {"batch_size": 1}},
-    }
-    return config | {"data_config": data}
-
-
-@Registry.register_dataset()
-def calibration_tokens(path: str, **_) -> list[tuple[dict, torch.Tensor]]:
-    """Return the calibration set as Olive's data containers want it: inputs and (unused) labels."""
-    rows = load_file(path)["tokens"]
-    return [({"input_ids": row, "attention_mask": torch.ones_like(row)}, row) for row in rows]
-
-
 def calibration_set(options: Quantize) -> torch.Tensor:
-    """Return the calibration set, [sequences, length]."""
-    rows = read_rows(PREPARED / "calibration.jsonl")
-    return sequences(
-        load_tokenizer(BASE), rows, options.calibration_sequences, options.calibration_length
+    """Return the calibration set, [sequences, length]: task text, and text that the model itself writes."""
+    rows, length = read_rows(PREPARED / "calibration.jsonl"), options.calibration_length
+    own = round(options.calibration_sequences * options.self_text_share)
+    task = options.calibration_sequences - own
+    parts = [sequences(load_tokenizer(BASE), rows, task, length)] if task else []
+    return torch.cat([*parts, self_text(own, length, options.seed)] if own else parts)
+
+
+@torch.no_grad()
+def self_text(count: int, length: int, seed: int) -> torch.Tensor:
+    """Return text sampled from the float model at temperature 1, [count, length].
+
+    Each half of a sequence begins with a token drawn at random, so that no two are alike
+    (LLM-QAT, arXiv:2305.17888).
+    """
+    model = load_float(BASE, fast_dtype())
+    set_seed(seed)
+    first = torch.randint(model.config.vocab_size, (2 * count, 1)).to(model.device)
+    written = model.generate(
+        first,
+        attention_mask=torch.ones_like(first),
+        min_new_tokens=length // 2 - 1,
+        max_new_tokens=length // 2 - 1,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=0,
     )
+    return written.cpu().reshape(count, -1)
 
 
-def validation_text(options: Quantize) -> torch.Tensor:
-    """Return text that calibration never saw, [sequences, length]: unseen groups where there are any."""
+def task_text(options: Quantize) -> torch.Tensor:
+    """Return task text that calibration never saw, [sequences, length]: unseen groups, if there are any."""
     rows = read_rows(PREPARED / "validation.jsonl")
     unseen = [row for row in rows if row["kind"] == "transfer"] or rows
-    return sequences(
-        load_tokenizer(BASE), unseen, options.perplexity_sequences, options.calibration_length
-    )
+    count = max(1, options.perplexity_sequences // 3)
+    return sequences(load_tokenizer(BASE), unseen, count, options.calibration_length)
+
+
+def heldout_prose(options: Quantize) -> torch.Tensor:
+    """Return prose from elsewhere (data/README.md), [sequences, length]."""
+    tokens = load_tokenizer(BASE)(HELDOUT.read_text(encoding="utf-8")).input_ids
+    count = min(options.perplexity_sequences, len(tokens) // options.calibration_length)
+    return torch.tensor(tokens[: count * options.calibration_length]).view(count, -1)
 
 
 def measure(options: Quantize, quantized: Path) -> dict[str, Any]:
@@ -170,25 +186,34 @@ def measure(options: Quantize, quantized: Path) -> dict[str, Any]:
 
 
 def perplexities(options: Quantize, quantized: Path) -> dict[str, float]:
-    """Return the perplexity of the float model, of plain rounding, and of what was made."""
-    text = validation_text(options)
+    """Return the perplexities of the float model, of plain rounding, and of what was made."""
+    texts = {"perplexity": heldout_prose(options), "task_perplexity": task_text(options)}
+
+    def all_of(model: nn.Module, label: str) -> dict[str, float]:
+        named = {f"{name}_{label}": text for name, text in texts.items()}
+        return {name: perplexity(model, text, name) for name, text in named.items()}
+
     model = load_float(BASE)
-    metrics = {"perplexity_float": perplexity(model, text, "float")}
+    found = all_of(model, "float")
     round_to_nearest(model, options)
-    metrics["perplexity_rtn"] = perplexity(model, text, "RTN")
+    found |= all_of(model, "rtn")
     del model
-    metrics["perplexity_quantized"] = perplexity(load_dequantized(quantized), text, options.method)
-    return {name: round(value, 3) for name, value in metrics.items()}
+    found |= all_of(load_dequantized(quantized), "quantized")
+    lost, left = (
+        found[f"perplexity_{m}"] - found["perplexity_float"] for m in ("rtn", "quantized")
+    )
+    found["rtn_loss_recovered"] = 1 - left / lost if lost else 0.0
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 @torch.no_grad()
-def round_to_nearest(model: torch.nn.Module, options: Quantize) -> None:
+def round_to_nearest(model: nn.Module, options: Quantize) -> None:
     """Round in place what a pass would quantize, as Olive's `Rtn` does."""
     special = mixed_bits(options)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # untied
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())  # untied
     for name, module in model.named_modules():
         bits = special.get(name, options.bits)
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and bits < 16:
+        if isinstance(module, nn.Linear | nn.Embedding) and bits < 16:
             quantizer = WeightQuantizer(bits, options.symmetric, options.group_size)
             module.weight.copy_(quantizer.fake_quantize(module.weight))
 

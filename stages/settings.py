@@ -116,7 +116,7 @@ class Data(Section):
 class Quantize(Section):
     """conf/quantize: how weights become 4-bit."""
 
-    method: Literal["awq", "rtn", "gptq"]
+    method: Literal["awq", "rtn"]
     bits: Literal[4, 8]
     group_size: Positive
     symmetric: bool
@@ -124,11 +124,11 @@ class Quantize(Section):
     embedding_bits: Literal[4, 8, 16]
     eight_bit_modules: list[str]
     scale_grid: Positive
-    clip_grid: Positive
-    clip_min: Annotated[float, Field(gt=0, le=1)]
     calibration_sequences: Positive
-    calibration_length: Annotated[int, Field(ge=16)]
+    calibration_length: Annotated[int, Field(ge=16, multiple_of=2)]
+    self_text_share: Annotated[float, Field(ge=0, le=1)]
     perplexity_sequences: NotNegative
+    seed: NotNegative
 
     @field_validator("group_size")
     @classmethod

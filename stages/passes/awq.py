@@ -1,4 +1,4 @@
-"""AWQ as an Olive pass: fold activation-aware scales, clip, then pack as Olive's `Rtn` does.
+"""AWQ as an Olive pass: fold activation-aware scales, then round with error compensation, and pack.
 
     create_pass_from_dict(Awq, {"group_size": 64, "calibration": "tokens.safetensors"}).run(model, out)
 
@@ -19,7 +19,10 @@ from tqdm import tqdm
 
 from stages.architecture import LinearGroup, linear_groups
 from stages.hardware import device, fast_dtype
-from stages.passes.awq_search import Grid, clip, search_scales
+from stages.passes.awq_search import Grid, search_scales
+from stages.passes.compensation import compensate, inverse_factor
+
+BATCH = 8  # sequences that run through a layer together
 
 
 class Awq(Pass):
@@ -35,13 +38,7 @@ class Awq(Pass):
                 description="safetensors file with `tokens`, int64 [sequences, length]",
             ),
             "scale_grid": PassConfigParam(
-                type_=int, default_value=20, description="scale exponents tried"
-            ),
-            "clip_grid": PassConfigParam(
-                type_=int, default_value=10, description="clipping ratios tried"
-            ),
-            "clip_min": PassConfigParam(
-                type_=float, default_value=0.5, description="smallest clipping ratio"
+                type_=int, default_value=10, description="scale exponents tried"
             ),
         }
 
@@ -57,42 +54,49 @@ class Awq(Pass):
 
 
 def balance_layers(model: nn.Module, tokens: torch.Tensor, config) -> None:
-    """Scale, clip and pack every decoder layer in place, in forward order, by its own inputs."""
-    hidden, arguments = first_layer_inputs(model, tokens)
-    for layer in tqdm(model.model.layers, desc="AWQ", unit="layer"):
+    """Scale, round and pack every decoder layer in place, in forward order.
+
+    Each layer is calibrated on what float layers before it give: on rounded ones' outputs every layer would
+    have to run twice, for no gain that was measured.
+    """
+    arguments = layer_arguments(model, tokens[:1])
+    hidden = [model.model.embed_tokens(part).float().to(device()) for part in tokens.split(BATCH)]
+    layers = zip(model.model.layers, arguments, strict=True)
+    for layer, given in tqdm(layers, desc="AWQ", unit="layer", total=len(arguments)):
         layer.to(device()).float()
         groups = linear_groups(layer, model.config)
-        hidden, grams = run_and_watch(layer, groups, hidden, arguments)
+        hidden, grams = run_and_watch(layer, groups, hidden, given)
+        grams = [balance(group, gram, config) for group, gram in zip(groups, grams, strict=True)]
+        # folding is over, so weights may be rounded
         for group, gram in zip(groups, grams, strict=True):
-            balance(group, gram, config)
-        pack(layer)
+            round_and_pack(layer, group, gram)
         layer.to("cpu")
 
 
-def balance(group: LinearGroup, gram: torch.Tensor, config) -> None:
-    """Search and fold the scales of one group of linears, then clip their weights."""
-    grid = grid_of(group.consumers[0])
+def balance(group: LinearGroup, gram: torch.Tensor, config) -> torch.Tensor:
+    """Search and fold the scales of one group of linears; return the Gram matrix of the new inputs."""
     weights = [linear.weight.float() for linear in group.consumers]
+    grid = grid_of(group.consumers[0])
     scales = search_scales(
         weights, gram, grid, config.scale_grid, tie=group.gather, spread=group.spread
     )
     group.fold(scales)
     spread = group.spread(scales)
-    gram = gram / torch.outer(spread, spread)
+    return gram / torch.outer(spread, spread)
+
+
+def round_and_pack(layer: nn.Module, group: LinearGroup, gram: torch.Tensor) -> None:
+    """Replace a group's linears by Olive's packed ones, which hold the integers chosen here."""
+    factor = inverse_factor(gram)
+    names = {module: name for name, module in layer.named_modules()}
     for linear in group.consumers:
-        weight = linear.weight.float()
-        linear.weight.copy_(clip(weight, gram, grid, config.clip_grid, config.clip_min))
-
-
-def pack(layer: nn.Module) -> None:
-    """Replace the layer's linears by Olive's packed ones, while they are on the device in float32."""
-    for name, linear in list(layer.named_modules()):
-        if hasattr(linear, "quant_info"):
-            quantizer = linear.quant_info.quantizer
-            packed = QuantLinear.from_module(
-                linear, quantizer.bits, quantizer.symmetric, quantizer.group_size
-            )
-            layer.set_submodule(name, packed)
+        grid = grid_of(linear)
+        rounded = compensate(linear.weight.float(), factor, grid)
+        linear.weight.copy_(rounded.weight)
+        packed = QuantLinear.from_module(
+            linear, grid.bits, grid.symmetric, grid.group_size, rounded.steps, rounded.zeros
+        )
+        layer.set_submodule(names[linear], packed)
 
 
 def grid_of(linear: nn.Linear) -> Grid:
@@ -101,36 +105,33 @@ def grid_of(linear: nn.Linear) -> Grid:
     return Grid(quantizer.bits, quantizer.symmetric, quantizer.group_size)
 
 
-def first_layer_inputs(model: nn.Module, tokens: torch.Tensor, batch: int = 8):
-    """Return what enters the first layer: hidden states, [batch, length, hidden] each, and the rest."""
-    caught: list[torch.Tensor] = []
-    arguments: dict = {}
+def layer_arguments(model: nn.Module, tokens: torch.Tensor) -> list[dict]:
+    """Return what every layer gets beside the hidden states: masks (sliding windows differ), rotations.
 
-    def catch(_, args, kwargs):
-        kwargs = dict(kwargs)
-        states = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        caught.append(states.float())
-        arguments.update(kwargs, past_key_values=None, use_cache=False)
-        raise _CaughtError
+    `tokens` is one full sequence, [1, length]; its arguments serve every batch of that length. The layers
+    themselves are skipped.
+    """
+    seen: list[dict] = []
 
-    modules = [model.model.embed_tokens, model.model.rotary_emb]
-    hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for module in modules:
-        module.to(device()).float()
-    for part in tokens.to(device()).split(batch):
-        # a mask per row would be kept for the last batch only: all rows are full, so none is needed
-        try:
-            model.model(part, use_cache=False)
-        except _CaughtError:
-            continue
-    hook.remove()
-    for module in modules:
-        module.to("cpu")
-    return caught, arguments
+    def skip(hidden, **arguments):
+        seen.append(arguments | {"past_key_values": None, "use_cache": False})
+        return hidden
+
+    for layer in model.model.layers:
+        layer.forward = skip
+    model.model(tokens, use_cache=False)
+    for layer in model.model.layers:
+        del layer.forward
+    return [{name: on_device(value) for name, value in given.items()} for given in seen]
 
 
-class _CaughtError(Exception):
-    """Ends a forward pass once the first layer's inputs are known."""
+def on_device(value):
+    """Return a layer's argument on the device; what has floating point as float32."""
+    if isinstance(value, tuple):
+        return tuple(map(on_device, value))
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device(), torch.float32 if value.is_floating_point() else None)
 
 
 def run_and_watch(layer, groups, hidden, arguments):

@@ -1,7 +1,7 @@
 """The mathematics of AWQ, judged by Gram matrices: no candidate is ever run through the model.
 
 AWQ (Lin et al. 2023, arXiv:2306.00978) scales the input channels of a linear before rounding, so that
-channels with large activations lose less, and then clips outlying weights. For inputs X, [tokens, in],
+channels with large activations lose less. For inputs X, [tokens, in],
 and a rounding error D of the weight, [out, in], the error of the output is
 
     |X Dᵀ|² = tr(D H Dᵀ)    with the Gram matrix H = XᵀX, [in, in],
@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from stages.hardware import fast_dtype
 
 
 @dataclass(frozen=True)
@@ -28,32 +30,38 @@ class Grid:
     symmetric: bool
     group_size: int
 
-    def round(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight, [out, in], rounded to its own grid, group by group."""
-        groups = weight.view(weight.shape[0], -1, self.group_size)
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        return self.round_between(groups, low, high).view_as(weight)
+    @property
+    def top(self) -> int:
+        """Return the largest integer."""
+        return 2**self.bits - 1
 
-    def round_between(self, groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor):
-        """Return groups, [..., group_size], rounded to the grid that spans low to high, [..., 1]."""
-        low, high, top = low.clamp(max=0), high.clamp(min=0), 2**self.bits - 1
+    def range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return step and zero point of the grid that spans low to high, and 0; any shape."""
+        low, high = low.clamp(max=0), high.clamp(min=0)
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = torch.where(low < 0, -high, low)
-        step = ((high - low) / top).clamp_(min=1e-12)
-        zero = (
-            torch.full_like(step, 2 ** (self.bits - 1))
-            if self.symmetric
-            else (-low / step).round_()
-        )
-        return (groups / step).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(step)
+        step = ((high - low) / self.top).clamp_(min=1e-12)
+        middle = torch.full_like(step, 2 ** (self.bits - 1))
+        return step, middle if self.symmetric else (-low / step).round_()
+
+    def round_to(self, weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor):
+        """Return weights rounded to a grid, in a new tensor."""
+        integers = (weight / step).add_(zero).round_().clamp_(0, self.top)
+        return integers.sub_(zero).mul_(step)
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight, [out, in], rounded to its own grid, group by group."""
+        groups = weight.view(weight.shape[0], -1, self.group_size)
+        grid = self.range(groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True))
+        return self.round_to(groups, *grid).view_as(weight)
 
 
 def output_error(error: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Return tr(D H Dᵀ) for a weight error D, [out, in], and a Gram matrix H, [in, in].
 
-    The product runs in the Gram matrix's dtype, the sum in float32. In bfloat16 the result is off by
-    parts in ten thousand, alike for all candidates: enough to rank them, at a third of the time.
+    The product runs in the Gram matrix's dtype, the sum in float32. In bfloat16 the result is off by parts
+    in ten thousand, alike for all candidates: enough to rank them, where hardware multiplies it fast.
     """
     error = error.to(gram.dtype)
     return (error @ gram).mul_(error).sum(dtype=torch.float32)
@@ -75,7 +83,8 @@ def search_scales(
     """
     inputs = tie(gram.diagonal()).clamp(min=1e-12).sqrt()
     magnitudes = tie(relative_magnitude(weights, grid.group_size)).clamp(min=1e-4)
-    fast_gram = gram.to(torch.bfloat16)
+    fast_gram = gram.to(fast_dtype())
+    weights = [some_rows(weight) for weight in weights]
     best_error, best = None, torch.ones_like(inputs)
     for step in range(steps):
         exponent = step / steps
@@ -85,6 +94,11 @@ def search_scales(
             if torch.isfinite(error) and (best_error is None or error < best_error):
                 best_error, best = error, scales
     return best
+
+
+def some_rows(weight: torch.Tensor, count: int = 256) -> torch.Tensor:
+    """Return about `count` rows of a weight, evenly spread: enough to rank candidates."""
+    return weight[:: max(1, weight.shape[0] // count)]
 
 
 def scaled_error(weight, gram, scales, grid: Grid) -> torch.Tensor:
@@ -105,39 +119,3 @@ def centred(scales: torch.Tensor) -> torch.Tensor:
     """Divide scales by the geometric middle of their range, so that folding stays near 1."""
     scales = scales.clamp(min=1e-4)
     return scales / (scales.max() * scales.min()).sqrt()
-
-
-def clip(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, steps: int, least: float):
-    """Return the weight, [out, in], with every group clamped to the range that rounds best.
-
-    The upper and then the lower end of a group shrink by ratios from 1 down to `least`. Groups are
-    judged alone: by the blocks of the Gram matrix on its diagonal.
-    """
-    groups = weight.view(weight.shape[0], -1, grid.group_size)
-    blocks = diagonal_blocks(gram, grid.group_size)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    best = groups_error(groups, low, high, blocks, grid)
-    for end in ("high", "low"):
-        widest_low, widest_high = low, high
-        for ratio in torch.linspace(1, least, steps + 1)[1:].tolist():
-            tried_low = widest_low * ratio if end == "low" else low
-            tried_high = widest_high * ratio if end == "high" else high
-            error = groups_error(groups, tried_low, tried_high, blocks, grid)
-            better = error < best
-            best = torch.where(better, error, best)
-            low = torch.where(better[..., None], tried_low, low)
-            high = torch.where(better[..., None], tried_high, high)
-    return groups.clamp(low, high).view_as(weight)
-
-
-def diagonal_blocks(gram: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the [groups, size, size] blocks on the diagonal of a Gram matrix, [in, in]."""
-    count = gram.shape[0] // size
-    index = torch.arange(count, device=gram.device)
-    return gram.view(count, size, count, size)[index, :, index, :]
-
-
-def groups_error(groups, low, high, blocks, grid: Grid) -> torch.Tensor:
-    """Return tr(D H Dᵀ) per row and group, [out, groups], for the grid that spans low to high."""
-    error = grid.round_between(groups, low, high).sub_(groups).transpose(0, 1)
-    return torch.bmm(error, blocks).mul_(error).sum(-1).transpose(0, 1)

@@ -1,0 +1,119 @@
+"""Rounding column by column, with the error of each spread over those to come (GPTQ, arXiv:2210.17323).
+
+For the Gram matrix H, [in, in], of a linear's inputs and the upper Cholesky factor U of H⁻¹ = UᵀU, rounding
+column j of W, [out, in], by an error e costs at least e²/U[j,j]² in the output once the later columns make up
+for it: w[k] -= e·U[j,k]/U[j,j] for k > j. Columns are worked through in blocks of one quantization group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from stages.passes.awq_search import Grid
+
+DAMPING = 0.05  # of H's mean diagonal: keeps H⁻¹ tame where calibration saw few tokens
+# how far a group's lower and upper end shrink before rounding: clipping, judged by the cost above
+SHRINKS = [(1 - a / 20, 1 - b / 20) for a in range(7) for b in range(7) if abs(a - b) < 2]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight, [out, in], on its grid, with the step and zero point of every group, [out, groups]."""
+
+    weight: torch.Tensor
+    steps: torch.Tensor
+    zeros: torch.Tensor
+
+
+def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Return U, upper triangular with H⁻¹ = UᵀU, for a Gram matrix H, [in, in], in float32."""
+    mean = gram.diagonal().mean()
+    damped = gram / mean.clamp(min=1e-12)
+    damped = damped + DAMPING * torch.eye(len(gram), device=gram.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def compensate(weight: torch.Tensor, factor: torch.Tensor, grid: Grid) -> Rounded:
+    """Round a weight, [out, in], by the factor U of its inputs; the inputs' scale does not matter."""
+    rest = weight.T.contiguous()  # a column is a row here: contiguous in memory
+    rounded, steps, zeros = torch.empty_like(rest), [], []
+    for start in range(0, len(rest), grid.group_size):
+        here, later = slice(start, start + grid.group_size), slice(start + grid.group_size, None)
+        block, upper = rest[here], factor[here, here]
+        step, zero = find_range(block, upper.diagonal()[:, None] ** -2, grid)
+        rounded[here], error = round_block(block, upper, step, zero, grid.top)
+        rest[later] -= factor[here, later].T @ error
+        steps.append(step)
+        zeros.append(zero)
+    return Rounded(rounded.T.contiguous(), torch.stack(steps, 1), torch.stack(zeros, 1))
+
+
+def find_range(block: torch.Tensor, cost: torch.Tensor, grid: Grid):
+    """Return step and zero point, [out] each, of one group, [group_size, out]; cost, [group_size, 1]."""
+    low, high, best = block.amin(0), block.amax(0), None
+    for shrink_low, shrink_high in SHRINKS:
+        step, zero = grid.range(low * shrink_low, high * shrink_high)
+        error = grid.round_to(block, step, zero).sub_(block).square_().mul_(cost).sum(0)
+        tried = (error, step, zero)
+        if best is None:
+            best = tried
+            continue
+        better = error < best[0]
+        best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
+    return best[1], best[2]
+
+
+def round_block(block, upper, step, zero, top: int):
+    """Return one group rounded and its errors for the columns behind it, [group_size, out] both."""
+    if block.is_cuda:
+        return GRAPHS.round_block(block, upper, step, zero, top)
+    return round_columns(block.clone(), upper, step, zero, top)
+
+
+def round_columns(block, upper, step, zero, top: int):
+    """Round a group's columns one by one; `block` is used up."""
+    rounded, error = torch.empty_like(block), torch.empty_like(block)
+    for j in range(len(block)):
+        column = (block[j] / step).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(step)
+        rounded[j] = column
+        error[j] = (block[j] - column) / upper[j, j]
+        block[j:].addr_(upper[j, j:], error[j], alpha=-1)
+    return rounded, error
+
+
+class Graphs:
+    """`round_columns` as one CUDA graph per shape: launched one by one, its small kernels wait for Python."""
+
+    def __init__(self) -> None:
+        self.captured: dict[tuple, tuple] = {}
+
+    def round_block(self, block, upper, step, zero, top: int):
+        """Copy the inputs to where the graph reads them, and replay it."""
+        inputs, key = (block, upper, step, zero), (block.shape, block.device, top)
+        if key not in self.captured:
+            self.captured[key] = self.capture(inputs, top)
+        graph, static, outputs = self.captured[key]
+        for target, source in zip(static, inputs, strict=True):
+            target.copy_(source)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def capture(inputs: tuple, top: int) -> tuple:
+        """Record the graph, after a first run on a side stream as CUDA asks for."""
+        static = [tensor.clone() for tensor in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            round_columns(static[0].clone(), *static[1:], top)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = round_columns(static[0].clone(), *static[1:], top)
+        return graph, static, outputs
+
+
+GRAPHS = Graphs()
