@@ -115,7 +115,9 @@ def test_sites_are_only_where_adapters_may_be(built, tmp_path):
     packed, _ = built("llama")
     folder = exported(packed, tmp_path / "onnx", targets=["v_proj", "down_proj"])
     session = InferenceSession(folder / "lora.onnx", providers=["CPUExecutionProvider"])
-    sites = {v.name.split(".lora_")[0].split(".", 3)[3] for v in session.get_overridable_initializers()}
+    sites = {
+        v.name.split(".lora_")[0].split(".", 3)[3] for v in session.get_overridable_initializers()
+    }
     assert sites == {"self_attn.qkv_proj", "mlp.down_proj"}
 
 

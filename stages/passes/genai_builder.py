@@ -25,6 +25,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 from onnxruntime_genai.models import builder
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from stages.errors import UserError
 from stages.passes.lora_graph import BASE_MODULES, FUSED
@@ -72,7 +73,7 @@ class GenaiBuilder(Pass):
             for file in built.iterdir():
                 if file.is_file():
                     shutil.move(file, folder)
-        finish(folder / GRAPH, embedding, projections(source))
+        finish(folder / GRAPH, embedding, projections(source), windows(source))
         keep_every_position(folder / "genai_config.json")
         return ONNXModelHandler(folder, onnx_file_name=GRAPH)
 
@@ -178,10 +179,24 @@ def projections(checkpoint: Path) -> list[str]:
     return sorted({name for name in names if name.endswith("_proj")})
 
 
-def finish(path: Path, embedding: PackedEmbedding | None, modules: list[str]) -> None:
-    """Put into a saved graph what the builder leaves out: the packed embedding, and the base's modules."""
+def windows(checkpoint: Path) -> list[int]:
+    """Return how many tokens each layer's attention looks back on, -1 for all of them."""
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    window = getattr(config, "sliding_window", None) or -1
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else -1 for kind in kinds]
+
+
+def finish(
+    path: Path, embedding: PackedEmbedding | None, modules: list[str], looks_back: list[int]
+) -> None:
+    """Put into a saved graph what the builder leaves out: sliding windows, the packed embedding, and the
+    names of the base's modules."""
     model = ir.load(path)
     model.metadata_props[BASE_MODULES] = ",".join(modules)
+    attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    for node, window in zip(attention, looks_back, strict=True):
+        node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
     if embedding is not None:
         pack_embedding(model, path, embedding)
     ir.save(model, path)
