@@ -1,144 +1,268 @@
 """Convert the PEFT adapter to the file that ONNX Runtime loads: models/adapter to models/onnx_adapter.
 
-    python -m stages.adapt
+    python -m stages.adapt           # for one trained elsewhere: lab adapt PEFT_DIR
 
-Every weight is checked against the inputs of the graph in models/onnx before anything is written.
+Everything that the adapter holds is checked against the inputs of models/onnx/lora.onnx before a file is
+written: an adapter either works as it does in PEFT, or is refused in one line.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
-from olive.common.utils import WeightsFileFormat, save_weights
-from peft import LoraConfig, load_peft_weights
+import onnx_ir as ir
+import onnxruntime
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 
 from stages.errors import UserError
-from stages.merge import export_merged
-from stages.passes.lora_inputs import FUSED, Site, read_sites
-from stages.places import place
-from stages.running import in_megabytes, quietly, run, size_of, written_beside
-from stages.settings import Optimize, Settings
+from stages.passes.lora_graph import BASE_MODULES, FUSED, load_graph, lora_inputs
+from stages.running import in_megabytes, run, size_of, written_beside
+from stages.settings import Settings
 
-QUANTIZED = Path("models/quantized")
-ADAPTER = place("models/adapter")
+ADAPTER = Path("models/adapter")
 ONNX = Path("models/onnx")
-ONNX_ADAPTER = place("models/onnx_adapter")
-Pair = tuple[np.ndarray, np.ndarray]
+ONNX_ADAPTER = Path("models/onnx_adapter")
+A, B = ".lora_A.weight", ".lora_B.weight"
+Pair = tuple[np.ndarray, np.ndarray]  # A, [in, rank], and B, [rank, out], scaling included
+# what a whole family of tensors is called, by a part of their names
+NOT_LORA = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_": "LoRA on the embedding",
+    "bias": "biases",
+    "": "whole matrices (modules_to_save)",
+}
+# options of PEFT's under which the same tensors mean something else
+OTHER_METHODS = {
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A module of the adapter at a site of the graph.
+
+    Its B has `total` columns, of which `width` from `taken` on go to the site's columns from `placed` on.
+    """
+
+    module: str
+    total: int
+    taken: int
+    placed: int
+    width: int
 
 
 def adapt(settings: Settings) -> str:
-    """Read the adapter, lay it out as the graph wants it, check, save; merge it where that is wanted."""
-    modules = read_adapter(ADAPTER)
-    weights = lay_out(modules, read_sites(ONNX))
-    weights = fit_to_graph(weights, ONNX / "model.onnx")
+    """Read the adapter, lay it out as the graph wants it, check, save."""
     with written_beside(ONNX_ADAPTER) as folder:
         folder.mkdir()
-        save_weights(weights, folder / "adapter", WeightsFileFormat.ONNX_ADAPTER)
-        if settings.optimize.merge:
-            merge(settings.optimize, folder / "merged")
-    return f"{ONNX_ADAPTER} ({in_megabytes(size_of(ONNX_ADAPTER))}, {len(weights)} inputs)"
+        inputs = convert(ADAPTER, ONNX, folder / "adapter.onnx_adapter")
+    return f"{ONNX_ADAPTER} ({in_megabytes(size_of(ONNX_ADAPTER))}, {inputs} inputs)"
 
 
-def merge(options: Optimize, target: Path) -> None:
-    """Export the base with the adapter baked in."""
-    with tempfile.TemporaryDirectory(dir=ONNX.parent) as scratch, quietly():
-        export_merged(QUANTIZED, ADAPTER, options, Path(scratch), target)
+def convert(peft: Path, onnx: Path, target: Path) -> int:
+    """Write a PEFT adapter for the model in `onnx`; return the number of inputs that it fills.
+
+    Raises `UserError` for an adapter that is more than LoRA, or made for another model.
+    """
+    model = load_graph(onnx)
+    modules = read_adapter(peft)
+    check_modules(modules, model.metadata_props[BASE_MODULES].split(","), onnx)
+    weights = lay_out(modules, lora_inputs(model.graph), head_widths(onnx), onnx)
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    values = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(weights[name]) for name in sorted(weights)
+    }
+    adapter.set_parameters(values)
+    adapter.export_adapter(str(target))
+    return len(weights)
 
 
 def read_adapter(folder: Path) -> dict[str, Pair]:
-    """Return (A, [in, rank], and B, [rank, out], scaling included) of every module that is adapted."""
-    config = LoraConfig.from_pretrained(str(folder))
-    if config.use_dora or config.rank_pattern or config.alpha_pattern:
-        raise UserError(f"{folder} uses DoRA or per-module ranks, which the ONNX graph cannot take")
-    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    weights = load_peft_weights(str(folder), device="cpu")
+    """Return A and B of every module that is adapted. Raises `UserError` for what is not plain LoRA."""
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    check_names(tensors, folder)
     modules = {}
-    for name in sorted(weights):
-        if name.endswith(".lora_A.weight"):
-            module = name.removesuffix(".lora_A.weight")
-            a = weights[name].float().numpy().T
-            b = weights[f"{module}.lora_B.weight"].float().numpy().T * scaling
-            modules[module.removeprefix("base_model.model.")] = (a, b)
+    for name in sorted(name for name in tensors if name.endswith(A)):
+        stem = name.removesuffix(A)
+        module = stem.removeprefix("base_model.model.")
+        scaling = np.float32(scaling_of(module, config))
+        modules[module] = (tensors[name].T, tensors[stem + B].T * scaling)
     return modules
 
 
-def lay_out(modules: dict[str, Pair], sites: list[Site]) -> dict[str, np.ndarray]:
-    """Return the graph's inputs by name. Raises if a module of the adapter has no place in the graph."""
+def read_config(folder: Path) -> dict:
+    """Return PEFT's configuration of an adapter. Raises `UserError` for methods other than LoRA."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no adapter_config.json: it must be a PEFT adapter's folder"
+        )
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type')}: must be LORA")
+    for key, value in config.items():
+        if value and (key in OTHER_METHODS or key not in LoraConfig.__dataclass_fields__):
+            raise UserError(
+                f"{path}: {key} is set, and only plain LoRA can be an input of the graph: "
+                "merge the adapter into the base model, or train without"
+            )
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Return an adapter's tensors by name, float32. Raises `UserError` where one is not finite."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {path.name}: save the adapter with safetensors")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(
+                f"{path}: {name} holds NaN or infinity: train it again, with a lower lr"
+            )
+    return tensors
+
+
+def check_names(tensors: dict[str, np.ndarray], folder: Path) -> None:
+    """Raise `UserError` unless there are an A and a B for every module, and nothing else."""
+    others = sorted(name for name in tensors if not name.endswith((A, B)))
+    if others:
+        what = next(what for part, what in NOT_LORA.items() if any(part in n for n in others))
+        names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise UserError(
+            f"{folder} holds {what}, which cannot be inputs of the graph: {names}; "
+            "merge the adapter into the base model, or train without"
+        )
+    stems = {
+        suffix: {n.removesuffix(suffix) for n in tensors if n.endswith(suffix)} for suffix in (A, B)
+    }
+    for stem in sorted(stems[A] ^ stems[B]):
+        raise UserError(
+            f"{folder}: {stem} has only one of lora_A and lora_B: save the adapter again"
+        )
+    if not stems[A]:
+        raise UserError(f"{folder} adapts no module")
+
+
+def scaling_of(module: str, config: dict) -> float:
+    """Return alpha / rank of a module, or alpha / √rank; patterns may give it a rank and alpha of its own."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(ranks, module), config["r"])
+    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def check_modules(modules: dict[str, Pair], known: list[str], onnx: Path) -> None:
+    """Raise `UserError` for modules that the base model does not have, whatever its graph looks like."""
+    for module in modules:
+        leaf = module.rpartition(".")[2]
+        if leaf not in known:
+            raise UserError(
+                f"the adapter targets {module}, but the model in {onnx} has no {leaf}: "
+                f"it has {', '.join(known)}"
+            )
+
+
+def head_widths(onnx: Path) -> list[int]:
+    """Return the output columns of q_proj, k_proj and v_proj."""
+    config = json.loads((onnx / "genai_config.json").read_text(encoding="utf-8"))
+    decoder = config["model"]["decoder"]
+    keys = decoder["num_key_value_heads"] * decoder["head_size"]
+    return [decoder["num_attention_heads"] * decoder["head_size"], keys, keys]
+
+
+def lay_out(
+    modules: dict[str, Pair], inputs: dict[str, ir.Value], heads: list[int], onnx: Path
+) -> dict[str, np.ndarray]:
+    """Return the graph's inputs by name. Raises `UserError` for a module that has none, or another shape."""
     weights, placed = {}, set()
-    for site in sites:
-        found = pairs_at(site, modules)
-        if found:
-            a, b = side_by_side(site, [pair for _, pair, _ in found], [c for _, _, c in found])
-            weights.update(zip(site.input_names, (a, b), strict=True))
-            placed |= {name for name, _, _ in found}
+    for site in (name.removesuffix(A) for name in inputs if name.endswith(A)):
+        pieces = pieces_at(site, inputs[site + B].shape[1], modules, heads)
+        if pieces:
+            for piece in pieces:
+                check_shape(piece, modules, inputs[site + A].shape[0], onnx)
+            weights[site + A], weights[site + B] = join(pieces, modules, inputs[site + B])
+            placed |= {piece.module for piece in pieces}
     if missing := sorted(set(modules) - placed):
         raise UserError(
-            f"the adapter targets {missing[0]}, which has no LoRA input in {ONNX}: "
-            "run `dvc repro optimize` with the same finetune.target_modules"
+            f"the adapter targets {missing[0]}, which has no LoRA input in {onnx}/lora.onnx: "
+            "build the graph with it in finetune.target_modules"
         )
     return weights
 
 
-def pairs_at(site: Site, modules: dict[str, Pair]) -> list[tuple[str, Pair, slice]]:
-    """Return (module, its A and B, its columns of the site) for every module that acts at a site.
+def pieces_at(site: str, width: int, modules: dict[str, Pair], heads: list[int]) -> list[Piece]:
+    """Return which modules of the adapter act at a site that has `width` columns.
 
     A module may be the whole site, a part of it (q_proj of qkv_proj), or a fused module that the graph
     splits (gate_up_proj): then its sites share A, and each takes its part of B's columns.
     """
-    whole = f"{site.prefix}.{site.projection}"
-    if whole in modules:
-        return [(whole, modules[whole], slice(0, site.out_features))]
-    fused = f"{site.prefix}.{FUSED.get(site.projection, '')}"
-    if fused in modules:
-        a, b = modules[fused]
-        first = first_column(site, b.shape[1])
-        share = (a, b[:, first : first + site.out_features])
-        return [(fused, share, slice(0, site.out_features))]
-    return [
-        (f"{site.prefix}.{part}", modules[f"{site.prefix}.{part}"], slice(first, last))
-        for part, (first, last) in site.parts.items()
-        if f"{site.prefix}.{part}" in modules
-    ]
+    stem, _, leaf = site.rpartition(".")
+    if site in modules:
+        return [Piece(site, width, 0, 0, width)]
+    for whole, parts in FUSED.items():
+        widths = heads if whole == "qkv_proj" else [width] * 2
+        firsts = dict(zip(parts, np.cumsum([0, *widths]).tolist(), strict=False))
+        if leaf == whole:
+            split = zip(parts, widths, strict=True)
+            pieces = [Piece(f"{stem}.{part}", n, 0, firsts[part], n) for part, n in split]
+            return [piece for piece in pieces if piece.module in modules]
+        if leaf in parts and f"{stem}.{whole}" in modules:
+            return [Piece(f"{stem}.{whole}", sum(widths), firsts[leaf], 0, width)]
+    return []
 
 
-def first_column(site: Site, total: int) -> int:
-    """Return where a part begins in its fused module, [.., total]; k and v are as wide as each other."""
-    from_the_end = {"k_proj": 2, "v_proj": 1, "up_proj": 1}
-    parts_left = from_the_end.get(site.projection)
-    return total - parts_left * site.out_features if parts_left else 0
-
-
-def side_by_side(site: Site, pairs: list[Pair], columns: list[slice]) -> Pair:
-    """Join the adapters of a fused projection: A's beside each other, B's on a block diagonal."""
-    a = np.concatenate([a for a, _ in pairs], axis=1)
-    b = np.zeros((a.shape[1], site.out_features), dtype=np.float32)
-    first = 0
-    for (_, part), where in zip(pairs, columns, strict=True):
-        b[first : first + part.shape[0], where] = part
-        first += part.shape[0]
-    return np.ascontiguousarray(a), b
-
-
-def fit_to_graph(weights: dict[str, np.ndarray], graph: Path) -> dict[str, np.ndarray]:
-    """Return the weights in the graph's dtype. Raises unless each is an input with the same shape."""
-    inputs = {
-        value.name: value.type.tensor_type
-        for value in onnx.load(graph, load_external_data=False).graph.input
-    }
-    for name, weight in weights.items():
-        shape = [d.dim_value for d in inputs[name].shape.dim] if name in inputs else []
-        if [d or s for d, s in zip(shape, weight.shape, strict=False)] != list(weight.shape):
+def check_shape(piece: Piece, modules: dict[str, Pair], in_features: int, onnx: Path) -> None:
+    """Raise `UserError` unless a module's A and B have the widths that the model has there."""
+    a, b = modules[piece.module]
+    found = {A: list(a.T.shape), B: list(b.T.shape)}
+    wanted = {A: [a.shape[1], in_features], B: [piece.total, a.shape[1]]}
+    for name in (A, B):
+        if found[name] != wanted[name]:
             raise UserError(
-                f"{name} is {list(weight.shape)} in the adapter, but {graph} wants "
-                f"{shape or 'no such input'}: run `dvc repro` to build both from one model"
+                f"{piece.module}{name} is {found[name]} in the adapter, but the model in {onnx} "
+                f"takes {wanted[name]}: the adapter belongs to another model"
             )
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(inputs[name].elem_type)
-        weights[name] = weight.astype(dtype)
-    return weights
+
+
+def join(pieces: list[Piece], modules: dict[str, Pair], value: ir.Value) -> Pair:
+    """Return a site's A and B: the pieces' A beside each other, their B on a block diagonal."""
+    a = np.concatenate([modules[piece.module][0] for piece in pieces], axis=1)
+    b = np.zeros((a.shape[1], value.shape[1]), np.float32)
+    row = 0
+    for piece in pieces:
+        part = modules[piece.module][1][:, piece.taken : piece.taken + piece.width]
+        b[row : row + len(part), piece.placed : piece.placed + piece.width] = part
+        row += len(part)
+    return fit(a, value), fit(b, value)
+
+
+def fit(array: np.ndarray, value: ir.Value) -> np.ndarray:
+    """Return an array in the element type of the graph's inputs."""
+    fitted = np.ascontiguousarray(array, value.dtype.numpy())
+    if not np.isfinite(fitted).all():
+        raise UserError(
+            f"{value.name} is too large for {fitted.dtype}: train with a lower lr or alpha"
+        )
+    return fitted
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from stages.errors import UserError
 from stages.hardware import device
 
 
@@ -77,6 +78,10 @@ def materialise(model: torch.nn.Module, weights: dict[str, torch.Tensor], dtype)
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
+    if missing := [name for name, value in model.named_parameters() if value.is_meta]:
+        raise UserError(
+            f"{missing[0]} is missing from the checkpoint: run dvc repro fetch quantize"
+        )
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model.eval().to(device())
 

@@ -1,7 +1,9 @@
 """Generate with ONNX Runtime GenAI: one base model, any number of named adapters.
 
-model = OnnxModel("models/onnx", {"travel": "models/onnx_adapter/adapter.onnx_adapter"})
-model.generate(tokens, adapter="travel", max_new_tokens=48)
+    model = OnnxModel("models/onnx", {"travel": "models/onnx_adapter/adapter.onnx_adapter"})
+    model.generate(tokens, adapter="travel", max_new_tokens=48)
+
+Without adapters model.onnx runs, at full speed; with adapters its twin lora.onnx, on the same weights.
 """
 
 from __future__ import annotations
@@ -22,19 +24,31 @@ if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
 
 import onnxruntime_genai as og
 
+LORA_GRAPH = "lora.onnx"
 
-def with_every_core(folder: Path) -> og.Config:
-    """Return the model's configuration with a thread for every physical core that this process may use.
+
+def cores() -> int:
+    """Return the number of physical cores that this process may use.
 
     ONNX Runtime's own count reads the processor's topology, which virtual machines often hide: it
     then decodes on one core of two.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = min(psutil.cpu_count(logical=False) or usable, usable)
-    config = og.Config(str(folder))
-    options = {"session_options": {"intra_op_num_threads": threads}}
-    config.overlay(json.dumps({"model": {"decoder": options}}))
-    return config
+    return min(psutil.cpu_count(logical=False) or usable, usable)
+
+
+def open_model(folder: Path, graph: str) -> og.Model:
+    """Load one of a folder's graphs. Raises `UserError` where it cannot run on this machine."""
+    if not (folder / "genai_config.json").is_file() or not (folder / graph).is_file():
+        raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
+    decoder = {"filename": graph, "session_options": {"intra_op_num_threads": cores()}}
+    try:
+        config = og.Config(str(folder))
+        config.overlay(json.dumps({"model": {"decoder": decoder}}))
+        return og.Model(config)
+    except Exception as error:  # the binding raises plain Exception
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} cannot run on this machine: {reason}") from None
 
 
 class OnnxModel:
@@ -42,18 +56,13 @@ class OnnxModel:
 
     def __init__(self, folder: str | Path, adapters: Mapping[str, str | Path] | None = None):
         folder = Path(folder)
-        if not (folder / "genai_config.json").is_file():
-            raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
-        try:
-            self.model = og.Model(with_every_core(folder))
-        except Exception as error:  # the binding raises plain Exception
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{folder} cannot run on this machine: {reason}") from None
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-        self.context_length = config["model"]["context_length"]
+        self.model = open_model(folder, LORA_GRAPH if adapters else "model.onnx")
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        self.context_length = config["context_length"]
+        self._pad = config["pad_token_id"]
         self.tokenizer = og.Tokenizer(self.model)
         self.ends = {int(token) for token in self.tokenizer.eos_token_ids}
-        self._adapters = og.Adapters(self.model)
+        self._adapters = og.Adapters(self.model) if adapters else None
         for name, file in (adapters or {}).items():
             self._load(name, Path(file))
 
@@ -66,38 +75,60 @@ class OnnxModel:
             raise UserError(f"adapter {name}: {file} cannot be loaded: {error}") from None
 
     def generator(
-        self, max_length: int, adapter: str | None = None, to_the_end: bool = False
+        self,
+        max_length: int,
+        adapter: str | None = None,
+        to_the_end: bool = False,
+        batch_size: int = 1,
     ) -> og.Generator:
-        """Return a greedy generator for one sequence of at most `max_length` tokens, or exactly as many."""
-        if max_length > self.context_length:
-            raise UserError(
-                f"{max_length} tokens of prompt and answer do not fit into the model's context of "
-                f"{self.context_length}"
-            )
+        """Return a greedy generator for sequences of at most `max_length` tokens, or exactly as many.
+
+        The cache for keys and values is as large as `max_length`, whatever the model's context.
+        """
         params = og.GeneratorParams(self.model)
         params.set_search_options(
             max_length=max_length,
             min_length=max_length if to_the_end else 0,
             do_sample=False,
-            batch_size=1,
+            batch_size=batch_size,
         )
         generator = og.Generator(self.model, params)
         if adapter is not None:
             generator.set_active_adapter(self._adapters, adapter)
         return generator
 
+    def check_lengths(self, prompt: int, answer: int) -> None:
+        """Raise `UserError` for numbers of tokens that the model cannot take."""
+        if prompt == 0:
+            raise UserError("the prompt is empty: there is nothing to answer")
+        if prompt + answer > self.context_length:
+            raise UserError(
+                f"a prompt of {prompt} tokens and an answer of up to {answer} do not fit into the "
+                f"model's context of {self.context_length}: shorten one of them"
+            )
+
     def stream(
         self, prompt: list[int], max_new_tokens: int, adapter: str | None = None
     ) -> Iterator[int]:
         """Yield the answer's tokens one by one, the token that ends it included."""
-        generator = self.generator(len(prompt) + max_new_tokens, adapter)
-        generator.append_tokens(np.array([prompt], dtype=np.int32))
-        for _ in range(max_new_tokens):
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            yield token
-            if token in self.ends or generator.is_done():
+        for tokens in self._stream([prompt], max_new_tokens, adapter):
+            yield tokens[0]
+            if tokens[0] in self.ends:
                 return
+
+    def _stream(
+        self, prompts: list[list[int]], max_new_tokens: int, adapter: str | None
+    ) -> Iterator[list[int]]:
+        """Yield the next token of every answer until all have ended."""
+        self.check_lengths(len(prompts[0]), max_new_tokens)
+        if max_new_tokens == 0:
+            return
+        max_length = len(prompts[0]) + max_new_tokens
+        generator = self.generator(max_length, adapter, batch_size=len(prompts))
+        generator.append_tokens(np.array(prompts, dtype=np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield [int(token) for token in generator.get_next_tokens()]
 
     def generate(
         self, prompt: list[int], max_new_tokens: int, adapter: str | None = None
@@ -105,17 +136,65 @@ class OnnxModel:
         """Return the answer's tokens, the token that ends it included where it came in time."""
         return list(self.stream(prompt, max_new_tokens, adapter))
 
+    def generate_many(
+        self, prompts: list[list[int]], max_new_tokens: int, adapter: str | None = None
+    ) -> list[list[int]]:
+        """Return what `generate` does for every prompt, at once. All must have one number of tokens.
+
+        The runtime takes a padding token at a prompt's end for padding, where prompts come in batches:
+        with such a prompt among them they are answered one by one.
+        """
+        if any(prompt[-1:] == [self._pad] for prompt in prompts):
+            return [self.generate(prompt, max_new_tokens, adapter) for prompt in prompts]
+        steps = list(self._stream(prompts, max_new_tokens, adapter))
+        return [self._cut([step[row] for step in steps]) for row in range(len(prompts))]
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """Return an answer up to its first end token, which it includes."""
+        ends = (place for place, token in enumerate(tokens, 1) if token in self.ends)
+        return tokens[: next(ends, len(tokens))]
+
     def logits(self, tokens: list[int], adapter: str | None = None) -> np.ndarray:
         """Return the logits after every token, [tokens, vocabulary], float32."""
-        generator = self.generator(len(tokens) + 1, adapter)
-        generator.append_tokens(np.array([tokens], dtype=np.int32))
-        return np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
+        return self._logits([tokens], adapter)[0]
+
+    def _logits(self, rows: list[list[int]], adapter: str | None) -> np.ndarray:
+        """Return the logits after every token of rows of one length, [rows, tokens, vocabulary]."""
+        length = len(rows[0])
+        self.check_lengths(length, 0)
+        generator = self.generator(length + 1, adapter, batch_size=len(rows))
+        generator.append_tokens(np.array(rows, dtype=np.int32))
+        return np.asarray(generator.get_output("logits"), dtype=np.float32)
 
     def negative_log_likelihood(
         self, prompt: list[int], answer: list[int], adapter: str | None = None
     ) -> np.ndarray:
         """Return -log p of every token of the answer after the prompt, [answer]."""
-        logits = self.logits(prompt + answer, adapter)[len(prompt) - 1 : -1].astype(np.float64)
-        highest = logits.max(axis=-1)
-        normalizer = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
-        return normalizer - logits[np.arange(len(answer)), answer]
+        return self.negative_log_likelihoods([prompt], [answer], adapter)[0]
+
+    def negative_log_likelihoods(
+        self, prompts: list[list[int]], answers: list[list[int]], adapter: str | None = None
+    ) -> list[np.ndarray]:
+        """Return what `negative_log_likelihood` does for every answer, at once; lengths may differ.
+
+        The last token of a row only costs time, no token is judged by what comes after it: it is left out.
+        Shorter rows are filled up with any token but the padding one, which the runtime treats differently.
+        """
+        rows = [(p + a)[:-1] for p, a in zip(prompts, answers, strict=True)]
+        longest = max(map(len, rows))
+        filler = int(self._pad == 0)
+        if any(row[-1] == self._pad for row in rows):
+            longest += 1
+        logits = self._logits([row + [filler] * (longest - len(row)) for row in rows], adapter)
+        return [
+            surprise(row[len(prompt) - 1 :][: len(answer)], answer)
+            for row, prompt, answer in zip(logits, prompts, answers, strict=True)
+        ]
+
+
+def surprise(logits: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """Return -log p of each token, [tokens], from the logits before it, [tokens, vocabulary]."""
+    logits = logits.astype(np.float64)
+    highest = logits.max(axis=-1)
+    normalizer = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
+    return normalizer - logits[np.arange(len(tokens)), tokens]

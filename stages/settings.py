@@ -175,17 +175,15 @@ class Finetune(Section):
 
 
 class Optimize(Section):
-    """conf/optimize: which ONNX graph is built, for which execution provider."""
+    """conf/optimize: for which execution provider the ONNX graphs are built."""
 
-    execution_provider: Literal["cpu", "cuda", "dml", "webgpu"]
-    precision: Literal["int4", "fp16", "fp32"]
+    execution_provider: Literal["cpu", "cuda"]
     accuracy_level: Literal[1, 4] | None
-    merge: bool
 
     @model_validator(mode="after")
     def has_kernels(self) -> Optimize:
-        if self.execution_provider == "cpu" and self.precision == "fp16":
-            raise ValueError("optimize.precision is 'fp16': must be int4 or fp32 on the cpu")
+        if (self.execution_provider == "cpu") != (self.accuracy_level is not None):
+            raise ValueError("optimize.accuracy_level must be 1 or 4 on the cpu, null on cuda")
         return self
 
 

@@ -1,0 +1,153 @@
+"""The exported graphs equal PyTorch: without an adapter, with two loaded at once, in every family."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnxruntime import InferenceSession
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
+
+from stages.adapt import convert
+from stages.checkpoint import load_dequantized
+from stages.errors import UserError
+from stages.generation import OnnxModel
+from stages.settings import Optimize
+
+SHORT = tokens(12)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Export a family at most once in this module; return its packed checkpoint and its ONNX folder."""
+    made = {}
+
+    def build(family: str):
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            packed = checkpoint(root, FAMILIES[family])
+            made[family] = packed, exported(packed, root / "onnx")
+        return made[family]
+
+    return build
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_pytorch_does_with_and_without_adapters(family, built, tmp_path):
+    packed, onnx_folder = built(family)
+    plain = logits(load_dequantized(packed), SHORT)
+    same(OnnxModel(onnx_folder).logits(SHORT), plain)
+    one = logits(trained(packed, tmp_path / "one", 1), SHORT)
+    two = logits(trained(packed, tmp_path / "two", 2, r=3), SHORT)
+    files = {name: tmp_path / f"{name}.onnx_adapter" for name in ("one", "two")}
+    for name, file in files.items():
+        convert(tmp_path / name, onnx_folder, file)
+    model = OnnxModel(onnx_folder, files)
+    same(model.logits(SHORT, "one"), one)
+    same(model.logits(SHORT, "two"), two)
+    same(model.logits(SHORT), plain)
+    assert np.abs(one - two).max() > 0.1 * np.abs(one).max()
+
+
+def test_both_graphs_read_one_data_file(built):
+    _, folder = built("tied")
+    assert sorted(file.name for file in folder.glob("*.onnx*")) == [
+        "lora.onnx",
+        "model.onnx",
+        "model.onnx.data",
+    ]
+    assert (folder / "lora.onnx").stat().st_size < 100_000
+    graph = onnx.load(folder / "lora.onnx", load_external_data=False).graph
+    named = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
+    assert named == {"model.onnx.data"}
+
+
+def test_a_tied_embedding_is_stored_once(built):
+    def places(family):
+        _, folder = built(family)
+        graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+        return {
+            tensor.name: [entry.value for entry in tensor.external_data if entry.key == "offset"]
+            for tensor in graph.initializer
+        }
+
+    embedding, head = "model.embed_tokens.qweight", "lm_head.MatMulNBits.qweight"
+    assert places("tied")[embedding] == places("tied")[head]
+    assert places("llama")[embedding] != places("llama")[head]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_stays_float_stays_float_in_the_graph(tied, tmp_path):
+    packed = checkpoint(tmp_path, FAMILIES["tied" if tied else "llama"], head_bits=16)
+    model = OnnxModel(exported(packed, tmp_path / "onnx"))
+    same(model.logits(SHORT), logits(load_dequantized(packed), SHORT))
+
+
+def test_a_checkpoint_without_its_head_is_refused_by_name(tmp_path):
+    packed = checkpoint(tmp_path, FAMILIES["llama"], head_bits=16)
+    tensors = load_file(packed / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head\.weight is missing"):
+        exported(packed, tmp_path / "onnx")
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
+        load_dequantized(packed)
+
+
+@pytest.mark.parametrize("family", ["tied", "phi3", "qwen3"])
+def test_a_graph_for_cuda_takes_its_adapter_in_float16(family, built, tmp_path):
+    packed, _ = built(family)
+    options = Optimize(execution_provider="cuda", accuracy_level=None)
+    folder = exported(packed, tmp_path / "onnx", options=options)
+    graph = onnx.load(folder / "lora.onnx", load_external_data=False).graph
+    assert not [node for node in graph.node if node.op_type == "Gemm"]
+    inputs = [v for v in graph.input if ".lora_" in v.name]
+    assert {v.type.tensor_type.elem_type for v in inputs} == {onnx.TensorProto.FLOAT16}
+    config = json.loads((folder / "genai_config.json").read_text())
+    assert "cuda" in str(config["model"]["decoder"]["session_options"]["provider_options"])
+    trained(packed, tmp_path / "one", 1)
+    assert convert(tmp_path / "one", folder, tmp_path / "one.onnx_adapter") == len(inputs)
+
+
+def test_sites_are_only_where_adapters_may_be(built, tmp_path):
+    packed, _ = built("llama")
+    folder = exported(packed, tmp_path / "onnx", targets=["v_proj", "down_proj"])
+    session = InferenceSession(folder / "lora.onnx", providers=["CPUExecutionProvider"])
+    sites = {
+        v.name.split(".lora_")[0].split(".", 3)[3] for v in session.get_overridable_initializers()
+    }
+    assert sites == {"self_attn.qkv_proj", "mlp.down_proj"}
+
+
+def test_targets_that_the_model_does_not_have_are_refused(built, tmp_path):
+    packed, _ = built("llama")
+    with pytest.raises(UserError, match=r"finetune.target_modules is \['fc1'\].* must be some of"):
+        exported(packed, tmp_path / "onnx", targets=["fc1"])
+
+
+@pytest.mark.parametrize("count", [40, 63, 64, 65, 120])
+@pytest.mark.parametrize("family", ["mistral", "phi3-longrope"])
+def test_long_prompts_are_read_as_in_pytorch(family, count, built):
+    """mistral's window is 48 tokens, phi3-longrope changes its rotation beyond 64."""
+    packed, folder = built(family)
+    prompt = tokens(count)
+    same(OnnxModel(folder).logits(prompt), logits(load_dequantized(packed), prompt))
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    """PyTorch's greedy answer, every token from the whole text before it."""
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(logits(model, text)[-1].argmax()))
+    return text[len(prompt) :]
+
+
+def test_an_answer_that_leaves_the_window_is_pytorchs(built):
+    packed, folder = built("mistral")
+    model = OnnxModel(folder)
+    answer = model.generate(tokens(40), 20)
+    assert answer == greedy(load_dequantized(packed), tokens(40), len(answer))
+    assert len(answer) > 10

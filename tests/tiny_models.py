@@ -1,0 +1,113 @@
+"""Tiny seeded checkpoints of every family, packed to 4 bits and exported by the stages' own code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from olive.model import HfModelHandler
+from olive.passes.olive_pass import create_pass_from_dict
+from olive.passes.pytorch.rtn import Rtn
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from stages import random_model
+from stages.checkpoint import load_dequantized
+from stages.export import export
+from stages.settings import Optimize
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+FACTORS = [1.0, 1.2, 1.6, 2.2, 3.0, 4.2, 6.0, 8.0]
+LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": FACTORS}
+FAMILIES = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
+    "mistral": {"model_type": "mistral", "sliding_window": 48, "tie_word_embeddings": False},
+    "phi3": {"model_type": "phi3", "original_max_position_embeddings": 256},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 64,
+        "rope_scaling": LONG_ROPE,
+    },
+}
+EXACT = Optimize(execution_provider="cpu", accuracy_level=1)
+
+
+def checkpoint(folder: Path, architecture: dict, head_bits: int = 8, bits: int = 4) -> Path:
+    """Make a random model and pack it; norms, biases and weights are away from their defaults."""
+    base, packed = folder / "base", folder / "packed"
+    corpus = folder / "corpus.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus.write_text(json.dumps({"text": "what is the capital of France?"}) + "\n")
+    random_model.make(SHAPE | architecture, 320, corpus, base)
+    model = shaken(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    model.save_pretrained(base)
+    sizes = {"lm_head": head_bits, "model.embed_tokens": head_bits}
+    options = {
+        "bits": bits,
+        "group_size": 32,
+        "sym": False,
+        "lm_head": head_bits < 16,
+        "embeds": head_bits < 16,
+        "overrides": {name: {"bits": size} for name, size in sizes.items() if size < 16},
+    }
+    handler = HfModelHandler(str(base), load_kwargs={"torch_dtype": "float32"})
+    create_pass_from_dict(Rtn, options, disable_search=True).run(handler, str(packed))
+    return packed
+
+
+@torch.no_grad()
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """Give every parameter seeded noise, so that one that is dropped changes the logits."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(1 + 0.1 * noise)
+        else:
+            width = 4 if name.endswith("bias") else parameter.shape[-1]
+            parameter.copy_(noise * width**-0.5)
+    model.tie_weights()
+    return model
+
+
+def exported(packed: Path, folder: Path, targets="all-linear", options: Optimize = EXACT) -> Path:
+    """Export a packed checkpoint into a folder and return that."""
+    export(packed, options, targets, folder)
+    return folder
+
+
+def trained(packed: Path, folder: Path, seed: int, **options) -> PeftModel:
+    """Make an adapter with random weights, save it, and return PyTorch's model with it."""
+    torch.manual_seed(seed)
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    model = get_peft_model(load_dequantized(packed), LoraConfig(**defaults | options))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
+    """Return PyTorch's logits after every token, [tokens, vocabulary]."""
+    return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+
+def same(left: np.ndarray, right: np.ndarray) -> None:
+    """Both are float32 with sums in another order: 1e-4 of the largest is tens of times what that makes."""
+    np.testing.assert_allclose(left, right, atol=1e-4 * np.abs(right).max(), rtol=0)
+
+
+def tokens(count: int) -> list[int]:
+    """Return seeded tokens, none of them special."""
+    return np.random.default_rng(0).integers(2, 280, count).tolist()
