@@ -15,12 +15,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from stages.chats import question_of
 from stages.errors import UserError
-from stages.places import place
 from stages.running import run, written_beside
 from stages.settings import Data, Settings
 
-PREPARED = place("data/prepared")
+PREPARED = Path("data/prepared")
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
 
@@ -73,8 +73,11 @@ def parse_row(line: str, where: str, data: Data) -> Row:
     if answer is not None and (not isinstance(answer, str) or not answer.strip()):
         raise UserError(f"{where}: column {data.answer_column!r} is not a text")
     return {
-        "prompt": [*system, {"role": "user", "content": prompt}],
-        "completion": [{"role": "assistant", "content": response}],
+        "messages": [
+            *system,
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": response},
+        ],
         "answer": answer,
         "group": label(columns.get(data.group_column), f"{where}: column {data.group_column!r}"),
         "fact": label(columns.get(data.fact_column), f"{where}: column {data.fact_column!r}"),
@@ -183,7 +186,7 @@ def prove_disjoint(splits: Splits) -> None:
 
 def prompt_of(row: Row) -> str:
     """Return the user's words without case and spacing, which do not make another prompt."""
-    return " ".join(row["prompt"][-1]["content"].lower().split())
+    return " ".join(question_of(row).lower().split())
 
 
 def shuffled(items: list, seed: str) -> list:

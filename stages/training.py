@@ -23,13 +23,12 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig, SFTTrainer
 
-from stages.chats import Row, answer_ids, prompt_ids, read_rows
+from stages.chats import Row, question_of, read_rows, training_tokens
 from stages.checkpoint import load_dequantized, load_packed, load_tokenizer
 from stages.errors import UserError
 from stages.hardware import device, fast_dtype
 from stages.lora_product import fuse_products
 from stages.packed_attention import PACKED, boundaries
-from stages.places import place
 from stages.running import (
     RUNTIME,
     be_quiet,
@@ -41,11 +40,11 @@ from stages.running import (
 from stages.settings import Finetune, load
 
 QUANTIZED = Path("models/quantized")
-PREPARED = place("data/prepared")
-ADAPTER = place("models/adapter")
-METRICS = place("metrics/raw/finetune.json")
+PREPARED = Path("data/prepared")
+ADAPTER = Path("models/adapter")
+METRICS = Path("metrics/raw/finetune.json")
 COST = RUNTIME / "training.json"
-CHECKPOINTS = place("models/.finetune")
+CHECKPOINTS = Path("models/.finetune")
 # Norms, activations and rotations in one kernel each; the loss is our own.
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
@@ -87,11 +86,11 @@ def load_rows(tokenizer: PreTrainedTokenizerBase, options: Finetune) -> tuple[li
     train, validation = (read_rows(PREPARED / f"{n}.jsonl") for n in ("train", "validation"))
     validation = validation[:: max(1, len(validation) // options.validation_rows)]
     for row in train + validation:
-        length = len(prompt_ids(tokenizer, row)) + len(answer_ids(tokenizer, row))
+        length = len(training_tokens(tokenizer, row)[0])
         if length > options.max_length:
             raise UserError(
                 f"finetune.max_length is {options.max_length}, but a row has {length} tokens: "
-                f"{row['prompt'][-1]['content'][:60]!r}"
+                f"{question_of(row)[:60]!r}"
             )
     return train, validation
 
@@ -179,15 +178,16 @@ def make_trainer(model, tokenizer, train, validation, options: Finetune) -> Answ
         model=model,
         processing_class=tokenizer,
         args=training_arguments(options),
-        train_dataset=as_dataset(train),
-        eval_dataset=as_dataset(validation),
+        train_dataset=as_dataset(tokenizer, train),
+        eval_dataset=as_dataset(tokenizer, validation),
         peft_config=lora_config(options),
     )
 
 
-def as_dataset(rows: list[Row]) -> Dataset:
-    """Return the two columns that TRL trains on."""
-    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
+def as_dataset(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Dataset:
+    """Return the two columns that TRL trains on as they are."""
+    encoded = (training_tokens(tokenizer, row) for row in rows)
+    return Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in encoded])
 
 
 def lora_config(options: Finetune) -> LoraConfig:
