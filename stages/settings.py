@@ -94,6 +94,7 @@ class Data(Section):
     """conf/data: the rows, their templates and how they are split."""
 
     path: str
+    layout: Literal["auto", "prompt_response", "messages", "sharegpt", "alpaca"]
     prompt: str
     response: str
     system: str | None
