@@ -154,6 +154,7 @@ class Finetune(Section):
     dropout: Share
     use_rslora: bool
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    layers: Literal["all", "upper_half"]
     max_steps: Positive
     batch_size: Positive
     max_length: Annotated[int, Field(ge=16)]
