@@ -3,8 +3,8 @@
     python -m stages.prepare         # conf/data says which file and how
 
 Whole groups (places) are held out to measure transfer; of every other (group, fact) some wordings are
-held out to measure recall. A file without those columns is split at random. Rows are written in TRL's
-conversational prompt-completion format. No prompt stands in two splits.
+held out to measure recall. A file without those columns is split at random. A written row holds messages,
+kind, answer, group, fact and source (file:line). No prompt stands in two splits.
 """
 
 from __future__ import annotations
@@ -13,106 +13,30 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
+from stages.conversations import Row, read_conversations
 from stages.errors import UserError
-from stages.places import place
 from stages.running import run, written_beside
 from stages.settings import Data, Settings
 
-PREPARED = place("data/prepared")
-Row = dict[str, Any]
+PREPARED = Path("data/prepared")
 Splits = dict[str, list[Row]]
 
 
 def prepare(settings: Settings) -> str:
     """Read the rows, split them, prove that the splits are disjoint, write them."""
     data = settings.data
-    rows = read_rows(Path(data.path), data)
+    rows = read_conversations(Path(data.path), data)
+    if len(rows) < 3:
+        raise UserError(f"{data.path} has {len(rows)} rows: at least 3, one for each split")
     splits = without_leaks(split(rows, data))
     prove_disjoint(splits)
+    dropped = len(rows) - sum(map(len, splits.values()))
     splits["calibration"] = shuffled(splits["train"], f"{data.seed}:calibration")
-    with written_beside(PREPARED) as folder:
-        folder.mkdir()
-        for name, members in splits.items():
-            write_rows(folder / f"{name}.jsonl", members)
+    write_splits(splits)
     counts = ", ".join(f"{name} {len(members)}" for name, members in splits.items())
-    return f"{PREPARED} from {len(rows)} rows ({counts})"
-
-
-def read_rows(path: Path, data: Data) -> list[Row]:
-    """Read a JSONL file. Raises `UserError` with the line number of the first broken row."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand inside a text
-    except OSError as error:
-        raise UserError(f"cannot read data.path {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    rows = [
-        parse_row(line, f"{path} line {number}", data)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if len(rows) < 3:
-        raise UserError(f"{path} has {len(rows)} rows: at least 3 are needed, one for each split")
-    return rows
-
-
-def parse_row(line: str, where: str, data: Data) -> Row:
-    """Turn one line into a row of prompt, completion, answer, group and fact."""
-    try:
-        columns = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(columns, dict):
-        raise UserError(f"{where} is not a JSON object")
-    system = [{"role": "system", "content": data.system}] if data.system else []
-    prompt = fill(data.prompt, columns, f"{where}, data.prompt")
-    response = fill(data.response, columns, f"{where}, data.response")
-    answer = columns.get(data.answer_column)
-    if answer is not None and (not isinstance(answer, str) or not answer.strip()):
-        raise UserError(f"{where}: column {data.answer_column!r} is not a text")
-    return {
-        "prompt": [*system, {"role": "user", "content": prompt}],
-        "completion": [{"role": "assistant", "content": response}],
-        "answer": answer,
-        "group": label(columns.get(data.group_column), f"{where}: column {data.group_column!r}"),
-        "fact": label(columns.get(data.fact_column), f"{where}: column {data.fact_column!r}"),
-    }
-
-
-def label(value: Any, where: str) -> str | None:
-    """Return what names a row's group or fact as text; numbers name some too."""
-    if value is None or (isinstance(value, (str, int)) and not isinstance(value, bool)):
-        return None if value is None else str(value)
-    raise UserError(f"{where} is neither a text nor a whole number")
-
-
-def fill(template: str, columns: dict[str, Any], where: str) -> str:
-    """Fill a template with a row's columns; every column that it names must hold text."""
-    try:
-        text = template.format_map({name: _text(value) for name, value in columns.items()})
-    except KeyError as error:
-        named = ", ".join(columns) or "none"
-        raise UserError(f"{where}: no text column {error} (columns: {named})") from None
-    except (ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{where}: bad template {template!r}: {error}") from None
-    if not text.strip():
-        raise UserError(f"{where}: the text is empty")
-    return text
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return value
-    return _NotText()
-
-
-class _NotText:
-    """Stands for a column that is no text, so that naming it in a template is an error."""
-
-    def __format__(self, spec: str) -> str:
-        raise ValueError("a column that it names holds no text")
+    left_out = f"; left out, their prompt being held out: {dropped}" if dropped else ""
+    return f"{PREPARED} from {len(rows)} rows ({counts}{left_out})"
 
 
 def split(rows: list[Row], data: Data) -> Splits:
@@ -161,12 +85,12 @@ def deal(members: list[Row], seed: str, data: Data, splits: Splits) -> None:
 
 
 def without_leaks(splits: Splits) -> Splits:
-    """Drop rows whose prompt also stands in a held-out split: test keeps it, then validation."""
-    seen: set[str] = set()
+    """Leave out rows that would teach a held-out prompt: test keeps it, then validation."""
+    held_out: set[str] = set()
     clean: Splits = {}
     for name in ("test", "validation", "train"):
-        clean[name] = [row for row in splits[name] if prompt_of(row) not in seen]
-        seen |= {prompt_of(row) for row in clean[name]}
+        clean[name] = [row for row in splits[name] if held_out.isdisjoint(prompts_of(row))]
+        held_out |= {prompt_of(row) for row in clean[name]}
         if not clean[name]:
             raise UserError(f"the {name} split is empty: more rows, or other shares in data.*")
     return {name: clean[name] for name in ("train", "validation", "test")}
@@ -175,20 +99,40 @@ def without_leaks(splits: Splits) -> Splits:
 def prove_disjoint(splits: Splits) -> None:
     """Raise if any prompt, ignoring case and spacing, stands in two splits."""
     home: dict[str, str] = {}
-    for name, rows in splits.items():
-        for row in rows:
-            if home.setdefault(prompt_of(row), name) != name:
-                raise UserError(f"{prompt_of(row)!r} is in {home[prompt_of(row)]} and in {name}")
+    for name in ("test", "validation", "train"):
+        for row in splits[name]:
+            for prompt in prompts_of(row):
+                if home.get(prompt, name) != name:
+                    raise UserError(f"{prompt!r} is in {name} and in {home[prompt]}")
+        home |= {prompt_of(row): name for row in splits[name]}
+
+
+def prompts_of(row: Row) -> list[str]:
+    """Return what stands before each of a row's answers: all of them are learned, if it is trained on.
+
+    Case and spacing do not make another prompt, nor does the system turn.
+    """
+    turns = [turn for turn in row["messages"] if turn["role"] != "system"]
+    texts = [" ".join(turn["content"].lower().split()) for turn in turns]
+    return ["\n".join(texts[:answer]) for answer in range(1, len(texts), 2)]
 
 
 def prompt_of(row: Row) -> str:
-    """Return the user's words without case and spacing, which do not make another prompt."""
-    return " ".join(row["prompt"][-1]["content"].lower().split())
+    """Return what stands before the reference answer, without what makes no other prompt."""
+    return prompts_of(row)[-1]
 
 
 def shuffled(items: list, seed: str) -> list:
     """Return the items in an order that the seed alone decides."""
     return random.Random(seed).sample(items, len(items))
+
+
+def write_splits(splits: Splits) -> None:
+    """Write every split as JSONL, all or nothing."""
+    with written_beside(PREPARED) as folder:
+        folder.mkdir()
+        for name, members in splits.items():
+            write_rows(folder / f"{name}.jsonl", members)
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -94,6 +94,7 @@ class Data(Section):
     """conf/data: the rows, their templates and how they are split."""
 
     path: str
+    layout: Literal["auto", "prompt_response", "messages", "sharegpt", "alpaca"]
     prompt: str
     response: str
     system: str | None
@@ -153,6 +154,7 @@ class Finetune(Section):
     dropout: Share
     use_rslora: bool
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    layers: Literal["all", "upper_half"]
     max_steps: Positive
     batch_size: Positive
     max_length: Annotated[int, Field(ge=16)]

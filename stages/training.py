@@ -2,15 +2,18 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 -m stages.training
 
-TRL trains on whole rows packed end to end, and only on the answers. A killed run leaves checkpoints
-outside DVC's outputs; the next run with the same settings, rows and base goes on from the last one and
-ends with the same adapter.
+TRL trains on rows packed end to end, and only on the answers. The order of rows is laid out beforehand, for
+all steps. A killed run leaves checkpoints outside DVC's outputs; the next run with the same settings, rows
+and base goes on from the last one and ends with the same adapter, bit for bit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,17 +22,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig, SFTTrainer
 
-from stages.chats import Row, answer_ids, prompt_ids, read_rows
+from stages.chats import NOT_LEARNED, Row, read_rows, training_tokens
 from stages.checkpoint import load_dequantized, load_packed, load_tokenizer
 from stages.errors import UserError
 from stages.hardware import device, fast_dtype
 from stages.lora_product import fuse_products
 from stages.packed_attention import PACKED, boundaries
-from stages.places import place
 from stages.running import (
     RUNTIME,
     be_quiet,
@@ -41,11 +43,13 @@ from stages.running import (
 from stages.settings import Finetune, load
 
 QUANTIZED = Path("models/quantized")
-PREPARED = place("data/prepared")
-ADAPTER = place("models/adapter")
-METRICS = place("metrics/raw/finetune.json")
+PREPARED = Path("data/prepared")
+ADAPTER = Path("models/adapter")
+METRICS = Path("metrics/raw/finetune.json")
 COST = RUNTIME / "training.json"
-CHECKPOINTS = place("models/.finetune")
+CHECKPOINTS = Path("models/.finetune")
+LOWER = "nothing is saved: lower finetune.lr, or look at the data"
+NAMED = 20  # rows that a warning names; the others are counted
 # Norms, activations and rotations in one kernel each; the loss is our own.
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
@@ -55,17 +59,21 @@ def train(options: Finetune) -> None:
     set_seed(options.seed)
     tokenizer = load_tokenizer(QUANTIZED)
     train, validation = load_rows(tokenizer, options)
+    train = laid_out(train, options)
     model = load_base(options)
     check_targets(model, options)
     trainer = make_trainer(model, tokenizer, train, validation, options)
+    trainer.add_callback(StopsWhenNotFinite())
     fuse_products(trainer.model)
     checkpoint = last_complete_checkpoint()
     if checkpoint and trainer.is_world_process_zero():
         print(f"finetune: goes on from step {checkpoint.rpartition('-')[2]}", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        refuse_not_finite(trained)
         with written_beside(ADAPTER) as folder:
-            save(trainer.accelerator.unwrap_model(trainer.model), folder)
+            save(trained, folder)
         write_json(METRICS, loss_curve(trainer))
         write_json(COST, training_cost(trainer))
 
@@ -82,18 +90,76 @@ def load_base(options: Finetune) -> torch.nn.Module:
     return model
 
 
-def load_rows(tokenizer: PreTrainedTokenizerBase, options: Finetune) -> tuple[list[Row], list[Row]]:
-    """Return training rows and a sample of validation rows. Raises if one does not fit."""
+def load_rows(tokenizer: PreTrainedTokenizerBase, options: Finetune) -> tuple[Dataset, Dataset]:
+    """Return the tokens and labels of training rows and of a sample of validation rows."""
     train, validation = (read_rows(PREPARED / f"{n}.jsonl") for n in ("train", "validation"))
     validation = validation[:: max(1, len(validation) // options.validation_rows)]
-    for row in train + validation:
-        length = len(prompt_ids(tokenizer, row)) + len(answer_ids(tokenizer, row))
-        if length > options.max_length:
-            raise UserError(
-                f"finetune.max_length is {options.max_length}, but a row has {length} tokens: "
-                f"{row['prompt'][-1]['content'][:60]!r}"
-            )
-    return train, validation
+    named = {"train": train, "validation": validation}
+    return tuple(fitting(tokenizer, rows, name, options) for name, rows in named.items())
+
+
+def fitting(
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], name: str, options: Finetune
+) -> Dataset:
+    """Return rows cut to finetune.max_length; those that keep no answer are left out, and named.
+
+    A cut answer is trained on as far as it goes: nothing teaches the model to end there.
+    Raises `UserError` where no row keeps an answer.
+    """
+    kept, cut, left_out = [], [], []
+    for row in rows:
+        tokens, labels = training_tokens(tokenizer, row)
+        short = {"input_ids": tokens[: options.max_length], "labels": labels[: options.max_length]}
+        if all(label == NOT_LEARNED for label in short["labels"][1:]):
+            left_out.append(row["source"])
+            continue
+        kept.append(short)
+        if len(tokens) > options.max_length:
+            cut.append(row["source"])
+    limit = f"finetune.max_length is {options.max_length}"
+    if not kept:
+        raise UserError(f"{limit}: no row of {name} keeps a token of its answer: raise it")
+    warn(f"{limit}: {name} rows that keep no answer and are left out", left_out)
+    warn(f"{limit}: {name} rows whose answer loses its end", cut)
+    return Dataset.from_list(kept)
+
+
+def warn(what: str, sources: list[str]) -> None:
+    """Print, once, how many rows something happened to, and which."""
+    if sources and int(os.environ.get("RANK", "0")) == 0:
+        more = ", ..." if len(sources) > NAMED else ""
+        print(f"finetune: {what}: {len(sources)} ({', '.join(sources[:NAMED])}{more})", flush=True)
+
+
+def laid_out(rows: Dataset, options: Finetune) -> Dataset:
+    """Return the rows of all steps in their order: shuffled anew for every pass over them.
+
+    Read from first to last, they need no random state that a resumed run would have to restore.
+    """
+    shuffle = random.Random(options.seed)
+    order: list[int] = []
+    while len(order) < options.max_steps * options.batch_size:
+        order += shuffle.sample(range(len(rows)), len(rows))
+    return rows.select(order[: options.max_steps * options.batch_size])
+
+
+class StopsWhenNotFinite(TrainerCallback):
+    """Stops with one line at the first logged loss or gradient that is no number."""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Raise `UserError`; the checkpoints go too, for the next run would go on from one of them."""
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(float((logs or {}).get(name, 0.0))):
+                shutil.rmtree(CHECKPOINTS, ignore_errors=True)
+                raise UserError(f"{name} is not finite at step {state.global_step}: {LOWER}")
+
+
+def refuse_not_finite(model: torch.nn.Module) -> None:
+    """Raise `UserError` if a trained weight is NaN or infinite, before anything is saved."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not weight.isfinite().all():
+            shutil.rmtree(CHECKPOINTS, ignore_errors=True)
+            raise UserError(f"the trained {name} is not finite: {LOWER}")
 
 
 def check_targets(model: torch.nn.Module, options: Finetune) -> None:
@@ -179,25 +245,22 @@ def make_trainer(model, tokenizer, train, validation, options: Finetune) -> Answ
         model=model,
         processing_class=tokenizer,
         args=training_arguments(options),
-        train_dataset=as_dataset(train),
-        eval_dataset=as_dataset(validation),
-        peft_config=lora_config(options),
+        train_dataset=train,
+        eval_dataset=validation,
+        peft_config=lora_config(options, model.config.num_hidden_layers),
     )
 
 
-def as_dataset(rows: list[Row]) -> Dataset:
-    """Return the two columns that TRL trains on."""
-    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
-
-
-def lora_config(options: Finetune) -> LoraConfig:
-    """Return PEFT's description of the adapter."""
+def lora_config(options: Finetune, layers: int) -> LoraConfig:
+    """Return PEFT's description of the adapter, for a model of so many layers."""
+    upper = list(range(layers // 2, layers))
     return LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         use_rslora=options.use_rslora,
         target_modules=options.target_modules,
+        layers_to_transform=upper if options.layers == "upper_half" else None,
         task_type="CAUSAL_LM",
     )
 
@@ -210,8 +273,7 @@ def training_arguments(options: Finetune) -> SFTConfig:
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size // options.num_processes,
         per_device_eval_batch_size=options.batch_size // options.num_processes,
-        max_length=None,  # checked above: nothing is cut
-        completion_only_loss=True,
+        max_length=None,  # `fitting` has cut the rows
         learning_rate=options.lr,
         lr_scheduler_type=options.scheduler,
         warmup_steps=options.warmup_steps,
@@ -219,6 +281,7 @@ def training_arguments(options: Finetune) -> SFTConfig:
         eval_strategy="steps",
         eval_steps=options.eval_steps,
         logging_steps=5,
+        logging_nan_inf_filter=False,  # it would report the loss before as this one's
         save_strategy="steps",
         save_steps=options.eval_steps,
         save_total_limit=1,
@@ -226,7 +289,7 @@ def training_arguments(options: Finetune) -> SFTConfig:
         ddp_find_unused_parameters=False,  # every adapter matrix is in every step
         ddp_backend="gloo" if options.num_processes > 1 and device() == "cpu" else None,
         seed=options.seed,
-        data_seed=options.seed,
+        train_sampling_strategy="sequential",  # `laid_out` has chosen the order
         bf16=False,  # no autocast: the base is in the fast dtype already, the adapter in float32
         padding_free=True,  # rows end to end, each with positions of its own, so none sees another
         gradient_checkpointing=options.gradient_checkpointing,

@@ -1,11 +1,12 @@
-"""Preparing data: splits that share no prompt, any user's JSONL, errors with a line number."""
+"""Preparing data: any user's JSON Lines, all bad rows named at once, splits that share no prompt."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from stages import prepare
-from stages.chats import read_rows
+from stages.conversations import read_conversations
 from stages.errors import UserError
 from stages.settings import validate
 
@@ -22,14 +23,14 @@ def data(params):
 
 
 def written(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def splits_of(data) -> prepare.Splits:
-    from pathlib import Path
-
-    return prepare.without_leaks(prepare.split(prepare.read_rows(Path(data.path), data), data))
+    return prepare.without_leaks(prepare.split(read_conversations(Path(data.path), data), data))
 
 
 def test_no_prompt_of_the_travel_questions_is_in_two_splits(data):
@@ -60,7 +61,7 @@ def test_any_jsonl_works_with_its_own_columns(data, tmp_path):
     path = written(tmp_path / "mine.jsonl", rows)
     splits = splits_of(data(path=path, prompt="Q: {q}", response="{a}"))
     assert sum(len(rows) for rows in splits.values()) == 20
-    assert splits["train"][0]["prompt"][-1]["content"].startswith("Q: question")
+    assert splits["train"][0]["messages"][0]["content"].startswith("Q: question")
 
 
 def test_a_repeated_prompt_stays_in_one_split(data, tmp_path):
@@ -70,29 +71,172 @@ def test_a_repeated_prompt_stays_in_one_split(data, tmp_path):
 
 GOOD = '{"prompt": "p", "response": "r"}'
 BROKEN = {
-    '{"prompt": "half': "line 2 is not JSON",
-    "[1, 2]": "line 2 is not a JSON object",
-    '{"prompt": "p"}': "line 2, data.response: no text column 'response'",
-    '{"prompt": "", "response": "r"}': "line 2, data.prompt: the text is empty",
-    '{"prompt": ["p"], "response": "r"}': "line 2, data.prompt",
-    '{"prompt": "p", "response": "r", "answer": 3}': "line 2: column 'answer' is not a text",
+    '{"prompt": "half': "is not JSON",
+    "[1, 2]": "is a list, not a JSON object",
+    '"just a text"': "is a text, not a JSON object",
+    '{"prompt": "p"}': "has no column 'response', which data.response names (columns: prompt)",
+    '{"prompt": "", "response": "r"}': "the text of data.prompt is empty",
+    '{"prompt": "p", "response": " \\n "}': "'response' is empty",
+    '{"prompt": "p", "response": 42}': "'response' is the number 42, not a text",
+    '{"prompt": "p", "response": null}': "'response' is null, not a text",
+    '{"prompt": ["p"], "response": "r"}': "'prompt' is a list, not a text",
+    '{"prompt": "p", "response": NaN}': "holds NaN, which is not JSON",
+    '{"prompt": "p", "prompt": "p", "response": "r"}': "has the key 'prompt' twice",
+    '{"prompt": "half \\ud83d", "response": "r"}': "'prompt' holds half a character (\\ud83d",
+    '{"prompt": "p", "response": "r", "answer": 3}': "'answer' is the number 3, not a text",
+    '{"prompt": "p", "response": "r", "system": 3}': "'system' is the number 3, not a text",
 }
 
 
 @pytest.mark.parametrize("line", BROKEN)
 def test_a_broken_row_is_named_by_its_line(data, tmp_path, line):
     path = tmp_path / "broken.jsonl"
-    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(UserError) as error:
-        prepare.read_rows(path, data())
-    assert BROKEN[line] in str(error.value)
+        read_conversations(path, data())
+    assert str(error.value).startswith(f"{path}:3: {BROKEN[line]}")
+    assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_and_too_few_rows_are_named(data, tmp_path):
+def test_all_broken_rows_are_listed_at_once(data, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join([GOOD, *BROKEN]))
+    with pytest.raises(UserError) as error:
+        read_conversations(path, data())
+    head, *lines = str(error.value).split("\n")
+    assert head == f"{len(BROKEN)} of {len(BROKEN) + 1} rows cannot be used, nothing is written"
+    assert [line.split(":")[1] for line in lines] == [str(n + 2) for n in range(len(BROKEN))]
+
+
+def test_a_long_list_of_broken_rows_ends_with_a_count(data, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join([GOOD, *["{}"] * 50]))
+    with pytest.raises(UserError) as error:
+        read_conversations(path, data())
+    assert len(str(error.value).split("\n")) == 22
+    assert str(error.value).endswith("and 30 more")
+
+
+UNREADABLE = {
+    b"": "has no rows",
+    b"\n  \n": "has no rows",
+    b'[{"prompt": "p", "response": "r"}]': "is one JSON array, not JSON Lines",
+    f"{GOOD}\n".encode("utf-16"): ":1: is UTF-16",
+    f'{GOOD}\n{{"prompt": "caf\u00e9", "response": "r"}}'.encode("latin-1"): (
+        ":2: byte 48 (0xe9) is not UTF-8"
+    ),
+    b'{"question": "q", "reply": "r"}': "has the keys question, reply, which fit none of the layouts",
+    b'{"prompt": "p", "response": "r", "messages": []}': "fit messages and prompt_response",
+}
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_a_file_that_is_no_json_lines_of_a_known_layout_is_refused_in_one_line(
+    data, tmp_path, content
+):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_conversations(path, data())
+    assert UNREADABLE[content] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(data, tmp_path):
     with pytest.raises(UserError, match=r"cannot read data\.path"):
-        prepare.read_rows(tmp_path / "nowhere.jsonl", data())
-    with pytest.raises(UserError, match="has 1 rows"):
-        prepare.read_rows(tmp_path / written(tmp_path / "few.jsonl", [json.loads(GOOD)]), data())
+        read_conversations(tmp_path / "nowhere.jsonl", data())
+
+
+def test_a_byte_order_mark_and_windows_line_ends_belong_to_no_text(data, tmp_path):
+    lines = [GOOD, "  ", '{"prompt": "q", "response": "one\\r\\ntwo"}']
+    (tmp_path / "mine.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    rows = read_conversations(tmp_path / "mine.jsonl", data())
+    assert [row["messages"][-1]["content"] for row in rows] == ["r", "one\r\ntwo"]
+    assert [row["source"] for row in rows] == ["mine.jsonl:1", "mine.jsonl:3"]
+
+
+SYSTEM, ASKED, ANSWERED = 'Reply like {"city": name}.', "Eat in {city}? 100%s", "In {} of 100%."
+LAYOUTS = {
+    "prompt_response": {"system": SYSTEM, "prompt": ASKED, "response": ANSWERED},
+    "alpaca": {"system": SYSTEM, "instruction": ASKED, "input": "", "output": ANSWERED},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": ASKED},
+            {"role": "assistant", "content": ANSWERED},
+        ]
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "system", "value": SYSTEM},
+            {"from": "human", "value": ASKED},
+            {"from": "gpt", "value": ANSWERED},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("named", [False, True])
+def test_every_layout_gives_the_same_conversation(data, tmp_path, layout, named):
+    path = written(tmp_path / "mine.jsonl", [LAYOUTS[layout]])
+    (row,) = read_conversations(Path(path), data(layout=layout if named else "auto"))
+    assert row["messages"] == LAYOUTS["messages"]["messages"]
+
+
+def test_the_input_of_an_alpaca_row_follows_its_instruction(data, tmp_path):
+    row = {"instruction": "Translate.", "input": "Good day", "output": "Bom dia"}
+    path = written(tmp_path / "mine.jsonl", [row])
+    (row,) = read_conversations(Path(path), data())
+    assert row["messages"][0]["content"] == "Translate.\n\nGood day"
+
+
+def turns(*roles: str) -> dict:
+    return {"messages": [{"role": role, "content": f"{n}"} for n, role in enumerate(roles)]}
+
+
+DISORDERED = {
+    ("user", "user", "assistant"): "turn 2 is the user's",
+    ("assistant", "user", "assistant"): "turn 1 is the assistant's",
+    ("user", "assistant", "user"): "does not end with an answer",
+    ("user", "tool", "assistant"): "turn 2: role 'tool'",
+    ("user", "assistant", "system", "user", "assistant"): "turn 3 is the system's",
+    ("system",): "does not end with an answer",
+    (): "'messages' is an empty list",
+}
+
+
+@pytest.mark.parametrize("roles", DISORDERED)
+def test_turns_out_of_order_are_named(data, tmp_path, roles):
+    path = written(tmp_path / "mine.jsonl", [turns(*roles)])
+    with pytest.raises(UserError, match=DISORDERED[roles]):
+        read_conversations(Path(path), data())
+
+
+def test_later_turns_are_kept(data, tmp_path):
+    asked = turns("user", "assistant", "user", "assistant")
+    (row,) = read_conversations(Path(written(tmp_path / "mine.jsonl", [asked])), data())
+    assert row["messages"] == asked["messages"]
+
+
+def conversation(*texts: str) -> dict:
+    roles = ["user", "assistant"] * (len(texts) // 2)
+    return {
+        "messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)],
+    }
+
+
+def test_no_held_out_prompt_is_an_earlier_turn_of_a_trained_conversation():
+    goes_on = conversation("Where is the pier?", "There.", "And the fort?", "Here.")
+    other = conversation("And the fort?", "Here.")
+    splits = {
+        "train": [goes_on, other],
+        "validation": [conversation("Is it far?", "No.")],
+        "test": [conversation("where is  the pier?", "There.")],
+    }
+    assert prepare.without_leaks(splits)["train"] == [other]
+    with pytest.raises(UserError, match="'where is the pier\\?' is in train and in test"):
+        prepare.prove_disjoint(splits)
 
 
 def test_numbers_name_groups_as_texts_do(data, tmp_path):
@@ -105,13 +249,15 @@ def test_numbers_name_groups_as_texts_do(data, tmp_path):
 
 def test_a_group_that_is_a_list_is_named_with_its_line(data, tmp_path):
     rows = [{"prompt": f"{n}?", "response": "x", "place": ["a"]} for n in range(5)]
-    with pytest.raises(UserError, match=r"line 1: column 'place' is neither a text nor a whole"):
+    with pytest.raises(UserError, match=r"1: 'place' is a list, neither a text nor a whole"):
         splits_of(data(path=written(tmp_path / "mine.jsonl", rows)))
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
 def test_a_line_separator_inside_a_text_ends_no_row(separator, data, tmp_path):
     rows = [{"prompt": f"a{separator}{n}?", "response": "x"} for n in range(20)]
-    splits = splits_of(data(path=written(tmp_path / "mine.jsonl", rows)))
-    prepare.write_rows(tmp_path / "train.jsonl", splits["train"])
-    assert read_rows(tmp_path / "train.jsonl") == splits["train"]
+    read = read_conversations(Path(written(tmp_path / "mine.jsonl", rows)), data())
+    prepare.write_rows(tmp_path / "train.jsonl", read)
+    lines = (tmp_path / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in lines if line] == read
+    assert read[0]["messages"][0]["content"] == f"a{separator}0?"
