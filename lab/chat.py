@@ -1,25 +1,24 @@
-"""Chat with the ONNX model and its adapters.
+"""Chat with the ONNX model and its adapter.
 
 lab chat "what is the best thing to see in chicago"
 lab chat                                             # interactive
 lab chat --no-adapter "..."                          # the base model alone
-lab chat --adapter small "..."                       # one of conf/adapters; several answer side by side
-lab chat --adapter travel=a.onnx_adapter --adapter food=b.onnx_adapter "..."
+lab chat --adapter travel=a.onnx_adapter --adapter food=b.onnx_adapter "..."    # side by side
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lab.text_stream import TextStream
+from stages.chats import prompt_ids
+from stages.checkpoint import load_tokenizer
 from stages.errors import UserError
 from stages.generation import OnnxModel
-from stages.places import place
-from stages.settings import PARAMS, load
 
 TRAINED = "models/onnx_adapter/adapter.onnx_adapter"
 DEFAULT = "adapter"
@@ -36,8 +35,7 @@ def chat(
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME|NAME=PATH",
-            help="An adapter of conf/adapters, or a file; repeatable [default: the trained ones].",
+            metavar="NAME=PATH", help="An adapter's file, repeatable [default: the trained one]."
         ),
     ] = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")] = False,
@@ -47,7 +45,7 @@ def chat(
 ) -> None:
     """Ask the ONNX model, with its adapter, without, or with several side by side."""
     adapters = {} if no_adapter else parse_adapters(adapter)
-    onnx = OnnxModel(model, adapters)
+    onnx = Speaker(model, adapters)
     opening: Messages = [{"role": "system", "content": system}] if system else []
     if question is None:
         converse(onnx, list(adapters), opening, max_new_tokens)
@@ -57,35 +55,53 @@ def chat(
 
 
 def parse_adapters(given: list[str] | None) -> dict[str, Path]:
-    """Turn NAME and NAME=PATH words into a mapping; all trained adapters when none is given."""
-    trained = trained_adapters()
+    """Turn NAME=PATH words into a mapping; the trained adapter when none is given."""
     adapters = {}
-    for word in given or trained:
-        name, separator, path = word.partition("=")
-        if not (name and path if separator else name in trained):
-            raise UserError(
-                f"--adapter {word}: must be one of {', '.join(trained)}, "
-                f"or NAME=PATH, such as travel={TRAINED}"
-            )
-        adapters[name] = Path(path) if separator else trained[name]
+    for word in given or [f"{DEFAULT}={TRAINED}"]:
+        name, _, path = word.partition("=")
+        if not (name and path):
+            raise UserError(f"--adapter {word}: must be NAME=PATH, such as travel={TRAINED}")
+        adapters[name] = Path(path)
     return adapters
 
 
-def trained_adapters() -> dict[str, Path]:
-    """Return where the pipeline puts every adapter: the default one, and those of conf/adapters."""
-    named = load().adapters if PARAMS.is_file() else {}
-    return {DEFAULT: Path(TRAINED), **{name: place(TRAINED, name) for name in named}}
+class Speaker:
+    """An ONNX model with the tokenizer and the chat template that training used."""
+
+    def __init__(self, folder: Path, adapters: dict[str, Path]):
+        self.model = OnnxModel(folder, adapters)
+        self.tokenizer = load_tokenizer(folder)
+
+    def say(self, messages: Messages, adapter: str | None, max_new_tokens: int) -> str:
+        """Stream the answer to the terminal and return it; the whole conversation is read anew, so that no
+        adapter ever goes on with keys and values of another."""
+        row = {"messages": [*messages, {"role": "assistant", "content": ""}]}
+        prompt = prompt_ids(self.tokenizer, row)
+        stream, token = TextStream(self.tokenizer), None
+        for token in self.model.stream(prompt, max_new_tokens, adapter):
+            if token not in self.model.ends:
+                show(stream.push(token))
+        show(stream.flush() + "\n")
+        if token is not None and token not in self.model.ends:
+            print(f"(cut after {max_new_tokens} tokens: --max-new-tokens)", file=sys.stderr)
+        return stream.text
 
 
-def ask(onnx: OnnxModel, names: list[str], messages: Messages, max_new_tokens: int) -> None:
+def show(text: str) -> None:
+    """Write to the terminal at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def ask(onnx: Speaker, names: list[str], messages: Messages, max_new_tokens: int) -> None:
     """Print the answer of every adapter, named where there are several, or of the base model."""
     for name in names or [None]:
         if len(names) > 1:
             print(f"[{name}] ", end="")
-        say(onnx, messages, name, max_new_tokens)
+        onnx.say(messages, name, max_new_tokens)
 
 
-def converse(onnx: OnnxModel, names: list[str], opening: Messages, max_new_tokens: int) -> None:
+def converse(onnx: Speaker, names: list[str], opening: Messages, max_new_tokens: int) -> None:
     """Hold a conversation until /quit or the end of the input."""
     active = names[0] if names else None
     messages = list(opening)
@@ -109,11 +125,11 @@ def converse(onnx: OnnxModel, names: list[str], opening: Messages, max_new_token
 
 
 def reply(
-    onnx: OnnxModel, messages: Messages, line: str, adapter: str | None, max_new_tokens: int
+    onnx: Speaker, messages: Messages, line: str, adapter: str | None, max_new_tokens: int
 ) -> Messages:
     """Answer the next line of a conversation; return the conversation with both."""
     asked = [*messages, {"role": "user", "content": line}]
-    answer = say(onnx, asked, adapter, max_new_tokens)
+    answer = onnx.say(asked, adapter, max_new_tokens)
     return [*asked, {"role": "assistant", "content": answer}]
 
 
@@ -124,19 +140,3 @@ def read_line(prompt: str) -> str | None:
     except EOFError:
         print()
         return None
-
-
-def say(onnx: OnnxModel, messages: Messages, adapter: str | None, max_new_tokens: int) -> str:
-    """Stream the model's answer to the terminal and return it."""
-    template = onnx.tokenizer.apply_chat_template
-    prompt = template(json.dumps(messages), add_generation_prompt=True)
-    tokens = [int(token) for token in onnx.tokenizer.encode(prompt)]
-    decoder, answer = onnx.tokenizer.create_stream(), ""
-    for token in onnx.stream(tokens, max_new_tokens, adapter):
-        if token not in onnx.ends:
-            piece = decoder.decode(token)
-            answer += piece
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    print()
-    return answer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from lab import chat, doctor, dvc, fsck, remote_setup, run
+from lab import adapt, chat, doctor, dvc, fsck, remote_setup, run
 from lab.azureml import download, jobs, register, submit
 from lab.experiments import promote, table
 from lab.review import command as review
@@ -15,6 +15,7 @@ from stages.running import be_quiet, one_line_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command(name="chat")(chat.chat)
+app.command(name="adapt")(adapt.adapt)
 app.command(name="review")(review.review)
 forwarding = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(name="exp", context_settings=forwarding)(table.table)

@@ -67,13 +67,13 @@ def test_a_composition_that_is_not_valid_is_refused_before_anything_is_queued(co
 def test_options_change_what_their_name_says(compose):
     assert compose("quantize=rtn").quantize.method == "rtn"
     assert compose("finetune=rslora").finetune.use_rslora is True
-    assert compose("optimize=cpu_fp32").optimize.precision == "fp32"
+    assert compose("optimize=cpu_exact").optimize.accuracy_level == 1
     assert compose("experiment=attention_only").finetune.target_modules == ["q_proj", "v_proj"]
 
 
 def test_a_given_value_beats_an_experiment(compose):
     assert compose("experiment=long", "finetune.max_steps=7").finetune.max_steps == 7
-    assert compose("experiment=quick", "quantize=gptq").quantize.method == "gptq"
+    assert compose("experiment=quick", "quantize=awq").quantize.method == "awq"
 
 
 def test_the_group_size_follows_the_model(compose):
@@ -105,7 +105,7 @@ MISTAKES = {
     "an unknown method": (
         "quantize.method",
         "hqq",
-        "quantize.method is 'hqq': must be 'awq', 'rtn' o",
+        "quantize.method is 'hqq': must be 'awq' or 'rtn'",
     ),
     "no modules": ("finetune.target_modules", [], "finetune.target_modules is []: "),
     "an unpinned wheel": ("model.source.sha256", "latest", "model.source.sha256 is 'latest': "),
