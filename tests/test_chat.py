@@ -1,11 +1,15 @@
 """Chat: one question, several adapters, the base alone, a conversation; errors in one line."""
 
-import json
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from lab import chat
+from lab.text_stream import TextStream
+from stages import random_model
+from stages.chats import prompt_ids
+from stages.checkpoint import load_tokenizer
 from stages.errors import UserError
 from stages.generation import OnnxModel
 
@@ -24,19 +28,21 @@ def lab(finished):
 
 def greedy_answer(folder: Path, question: str, adapter: str | None) -> str:
     """What the model says: 4 tokens, straight from the generator."""
-    onnx = OnnxModel(folder / "models/onnx", {"adapter": folder / ADAPTER})
-    prompt = onnx.tokenizer.apply_chat_template(
-        json.dumps([{"role": "user", "content": question}]), add_generation_prompt=True
-    )
-    tokens = onnx.generate([int(token) for token in onnx.tokenizer.encode(prompt)], 4, adapter)
-    return onnx.tokenizer.decode([token for token in tokens if token not in onnx.ends])
+    onnx = OnnxModel(folder / "models/onnx", {"adapter": folder / ADAPTER} if adapter else None)
+    tokenizer = load_tokenizer(folder / "models/onnx")
+    row = {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+    }
+    tokens = onnx.generate(prompt_ids(tokenizer, row), 4, adapter)
+    cut = "" if tokens[-1] in onnx.ends else "(cut after 4 tokens: --max-new-tokens)\n"
+    return tokenizer.decode(tokens, skip_special_tokens=True) + "\n" + cut
 
 
 @pytest.mark.slow
 def test_a_question_is_answered_with_the_adapter_and_without(lab, finished):
     question = "where is Chicago?"
-    assert lab(question) == greedy_answer(finished.root, question, "adapter") + "\n"
-    assert lab("--no-adapter", question) == greedy_answer(finished.root, question, None) + "\n"
+    assert lab(question) == greedy_answer(finished.root, question, "adapter")
+    assert lab("--no-adapter", question) == greedy_answer(finished.root, question, None)
 
 
 @pytest.mark.slow
@@ -59,7 +65,7 @@ def test_a_conversation_takes_commands_until_it_ends(lab):
     [
         (
             ("--adapter", "no-path", "hi"),
-            "lab: --adapter no-path: must be one of adapter, or NAME=PATH",
+            "lab: --adapter no-path: must be NAME=PATH, such as travel=",
         ),
         (("--adapter", "x=nowhere", "hi"), "lab: adapter x: nowhere does not exist"),
         (("--model", "nowhere", "hi"), "lab: nowhere holds no ONNX model"),
@@ -71,20 +77,55 @@ def test_a_mistake_ends_in_one_line(lab, words, message):
     assert len(output.splitlines()) == 1
 
 
-def test_a_conversation_longer_than_the_context_is_followed_by_a_new_one(monkeypatch, capsys):
-    """The model is made up: it answers how many messages it got, and has a context of three."""
+class Echo:
+    """Stands for a model: it answers how many messages it got, and has a context of three."""
 
-    def say(_, messages, *__):
+    def __init__(self):
+        self.heard = []
+
+    def say(self, messages, *_):
         if len(messages) > 3:
             raise UserError("the model's context is 3 messages")
-        return f"{len(messages)}"
+        self.heard.append(f"{len(messages)}")
+        return self.heard[-1]
 
-    heard = []
-    monkeypatch.setattr(chat, "say", lambda *words: heard.append(say(*words)) or heard[-1])
-    lines = iter(["one", "three", "five", "one", "/quit"])
+
+def test_a_conversation_longer_than_the_context_is_followed_by_a_new_one(monkeypatch, capsys):
+    lines, echo = iter(["one", "three", "five", "one", "/quit"]), Echo()
     monkeypatch.setattr(chat, "read_line", lambda _: next(lines))
-    chat.converse(None, [], [], 4)
-    assert heard == ["1", "3", "1"]
+    chat.converse(echo, [], [], 4)
+    assert echo.heard == ["1", "3", "1"]
     assert (
         "the model's context is 3 messages\nThis is a new conversation" in capsys.readouterr().out
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return random_model.train_tokenizer(ROOT / "data/travel.jsonl", 400)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain words",
+        "👩‍👩‍👧‍👦 emoji 🇨🇭",
+        "漢字 かな カナ",
+        "e\u0301 combined a\u0308",
+        "  spaces\n\tand tabs ",
+    ],
+)
+def test_a_streamed_answer_is_the_whole_answers_text_and_no_piece_comes_twice(tokenizer, text):
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokens]
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert "".join([*pieces, stream.flush()]) == text == stream.text
+    assert stream.flush() == ""
+
+
+def test_an_answer_cut_inside_a_character_shows_that_it_was(tokenizer):
+    tokens = tokenizer("漢", add_special_tokens=False).input_ids
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push(token) for token in tokens[:-1]) == ""
+    assert stream.flush() == "\N{REPLACEMENT CHARACTER}"

@@ -1,0 +1,129 @@
+"""Adapters from elsewhere give PEFT's logits in the graph, or are refused in one line naming the tensor."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
+
+from stages.adapt import convert
+from stages.errors import UserError
+from stages.generation import OnnxModel
+
+PROMPT = tokens(12)
+REGEX = r".*\.1\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    root = tmp_path_factory.mktemp("llama")
+    packed = checkpoint(root, FAMILIES["llama"])
+    return packed, exported(packed, root / "onnx")
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phi3")
+    packed = checkpoint(root, FAMILIES["phi3"])
+    return packed, exported(packed, root / "onnx")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True, "r": 16, "lora_alpha": 16},
+        {"rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 1}},
+        {"target_modules": REGEX},
+        {"target_modules": ["k_proj", "o_proj"]},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "gate_proj"]},
+    ],
+    ids=["rslora", "patterns", "regex", "two-modules", "upper-layers"],
+)
+def test_an_adapter_gives_pefts_logits(options, llama, tmp_path):
+    packed, onnx = llama
+    expected = logits(trained(packed, tmp_path / "peft", 3, **options), PROMPT)
+    convert(tmp_path / "peft", onnx, tmp_path / "file")
+    found = OnnxModel(onnx, {"one": tmp_path / "file"}).logits(PROMPT, "one")
+    same(found, expected)
+    assert np.abs(found - OnnxModel(onnx).logits(PROMPT)).max() > 0.01
+
+
+def test_a_fused_projection_of_the_base_takes_its_adapter(phi3, tmp_path):
+    packed, onnx = phi3
+    targets = ["qkv_proj", "gate_up_proj"]
+    expected = logits(trained(packed, tmp_path / "peft", 3, target_modules=targets), PROMPT)
+    convert(tmp_path / "peft", onnx, tmp_path / "file")
+    same(OnnxModel(onnx, {"one": tmp_path / "file"}).logits(PROMPT, "one"), expected)
+
+
+def test_split_projections_on_a_fused_base_are_refused_as_in_peft(llama, phi3, tmp_path):
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"])
+    with pytest.raises(UserError, match=r"has no q_proj: it has .*qkv_proj"):
+        convert(tmp_path / "peft", phi3[1], tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "use_dora is set|DoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"whole matrices \(modules_to_save\).*lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on the embedding.*lora_embedding_A"),
+        ({"bias": "lora_only"}, None),
+    ],
+    ids=["dora", "modules-to-save", "embedding", "bias"],
+)
+def test_what_is_more_than_lora_is_refused_by_name(options, reason, llama, tmp_path):
+    trained(llama[0], tmp_path / "peft", 3, **options)
+    if reason is None:  # this base has no bias to save: as an adapter of another would
+        add(
+            tmp_path / "peft",
+            {"base_model.model.model.layers.0.self_attn.q_proj.bias": torch.ones(64)},
+        )
+        reason = "biases.*q_proj.bias"
+    with pytest.raises(UserError, match=reason) as refusal:
+        convert(tmp_path / "peft", llama[1], tmp_path / "file")
+    assert len(str(refusal.value).splitlines()) == 1
+    assert not (tmp_path / "file").exists()
+
+
+def add(folder, tensors: dict) -> None:
+    """Put tensors into a saved adapter."""
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file) | tensors, file, {"format": "pt"})
+
+
+def test_an_adapter_of_another_base_is_noticed(llama, tmp_path):
+    other = checkpoint(tmp_path / "other", FAMILIES["llama"] | {"intermediate_size": 96})
+    trained(other, tmp_path / "peft", 3)
+    with pytest.raises(UserError, match="belongs to another model"):
+        convert(tmp_path / "peft", llama[1], tmp_path / "file")
+
+
+def test_a_module_without_inputs_in_the_graph_is_named(llama, tmp_path):
+    onnx = exported(llama[0], tmp_path / "onnx", targets=["q_proj"])
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj", "down_proj"])
+    with pytest.raises(UserError, match=r"down_proj, which has no LoRA input .*target_modules"):
+        convert(tmp_path / "peft", onnx, tmp_path / "file")
+
+
+def test_an_adapter_of_nan_is_refused(llama, tmp_path):
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"])
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    add(tmp_path / "peft", {name: torch.full((4, 64), float("nan"))})
+    with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight holds NaN"):
+        convert(tmp_path / "peft", llama[1], tmp_path / "file")
+
+
+def test_a_key_of_a_newer_peft_is_taken_where_it_says_nothing_and_refused_where_it_does(
+    llama, tmp_path
+):
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"])
+    file = tmp_path / "peft/adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "from_the_future": None}))
+    convert(tmp_path / "peft", llama[1], tmp_path / "file")
+    file.write_text(json.dumps({**config, "from_the_future": True}))
+    with pytest.raises(UserError, match="from_the_future is set"):
+        convert(tmp_path / "peft", llama[1], tmp_path / "file")
