@@ -9,9 +9,7 @@ imported: imports take seconds, and a kill may come then.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import sys
 from threading import Thread
 
@@ -56,10 +54,3 @@ def end_after(dvc: psutil.Process) -> None:
     for process in [*me.children(recursive=True), me]:
         with contextlib.suppress(psutil.Error):
             process.kill()
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies: for what a stage starts without a shell."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -166,14 +166,7 @@ class Finetune(Section):
     validation_rows: Positive
     base: Literal["dequantized", "packed"]
     gradient_checkpointing: bool
-    num_processes: Positive
     seed: NotNegative
-
-    @model_validator(mode="after")
-    def splits_evenly(self) -> Finetune:
-        if self.batch_size % self.num_processes:
-            raise ValueError("num_processes must divide batch_size")
-        return self
 
 
 class Optimize(Section):

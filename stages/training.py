@@ -1,6 +1,6 @@
-"""Train the adapter: what every process of the finetune stage runs, one per GPU.
+"""Train the adapter: the body of the finetune stage.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m stages.training
+    train(options)                   # after keep_or_clear_checkpoints(options)
 
 TRL trains on rows packed end to end, and only on the answers. The order of rows is laid out beforehand, for
 all steps. A killed run leaves checkpoints outside DVC's outputs; the next run with the same settings, rows
@@ -34,13 +34,11 @@ from stages.lora_product import fuse_products
 from stages.packed_attention import PACKED, boundaries
 from stages.running import (
     RUNTIME,
-    be_quiet,
-    one_line_errors,
     peak_memory,
     write_json,
     written_beside,
 )
-from stages.settings import Finetune, load
+from stages.settings import Finetune
 
 QUANTIZED = Path("models/quantized")
 PREPARED = Path("data/prepared")
@@ -66,16 +64,14 @@ def train(options: Finetune) -> None:
     trainer.add_callback(StopsWhenNotFinite())
     fuse_products(trainer.model)
     checkpoint = last_complete_checkpoint()
-    if checkpoint and trainer.is_world_process_zero():
+    if checkpoint:
         print(f"finetune: goes on from step {checkpoint.rpartition('-')[2]}", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.is_world_process_zero():
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        refuse_not_finite(trained)
-        with written_beside(ADAPTER) as folder:
-            save(trained, folder)
-        write_json(METRICS, loss_curve(trainer))
-        write_json(COST, training_cost(trainer))
+    refuse_not_finite(trainer.model)
+    with written_beside(ADAPTER) as folder:
+        save(trainer.model, folder)
+    write_json(METRICS, loss_curve(trainer))
+    write_json(COST, training_cost(trainer))
 
 
 def load_base(options: Finetune) -> torch.nn.Module:
@@ -196,10 +192,7 @@ class AnswerTrainer(SFTTrainer):
             inputs |= boundaries(inputs["position_ids"])
         outputs = model(**inputs, use_cache=False, logits_to_keep=kept)
         total = cross_entropy(outputs.logits[0].float(), targets[kept], reduction="sum")
-        if num_items_in_batch is None:
-            loss = total / len(kept)
-        else:  # tokens of all processes, whose gradients DDP will average
-            loss = total * self.accelerator.num_processes / num_items_in_batch
+        loss = total / (len(kept) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -271,8 +264,8 @@ def training_arguments(options: Finetune) -> SFTConfig:
         output_dir=str(CHECKPOINTS),
         use_cpu=device() == "cpu",
         max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size // options.num_processes,
-        per_device_eval_batch_size=options.batch_size // options.num_processes,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
         max_length=None,  # `fitting` has cut the rows
         learning_rate=options.lr,
         lr_scheduler_type=options.scheduler,
@@ -286,8 +279,6 @@ def training_arguments(options: Finetune) -> SFTConfig:
         save_steps=options.eval_steps,
         save_total_limit=1,
         report_to=[],
-        ddp_find_unused_parameters=False,  # every adapter matrix is in every step
-        ddp_backend="gloo" if options.num_processes > 1 and device() == "cpu" else None,
         seed=options.seed,
         train_sampling_strategy="sequential",  # `laid_out` has chosen the order
         bf16=False,  # no autocast: the base is in the fast dtype already, the adapter in float32
@@ -321,17 +312,6 @@ def loss_curve(trainer: AnswerTrainer) -> dict[str, Any]:
 def training_cost(trainer: AnswerTrainer) -> dict[str, float]:
     """Return the seconds of the training loop, its tokens per second and the GPU memory that it took."""
     seconds = next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e)
-    tokens = trainer.tokens_seen * trainer.accelerator.num_processes
+    tokens = trainer.tokens_seen
     cost = {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds)}
     return cost | peak_memory()
-
-
-def main() -> None:
-    """Train as one of several processes; the stage started them all."""
-    be_quiet()
-    with one_line_errors("finetune"):
-        train(load().finetune)
-
-
-if __name__ == "__main__":
-    main()
