@@ -31,6 +31,7 @@ LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": FACTO
 FAMILIES = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-bias": {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
     "mistral": {"model_type": "mistral", "sliding_window": 48, "tie_word_embeddings": False},

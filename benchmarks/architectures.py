@@ -1,0 +1,89 @@
+"""Does every family's export answer as PyTorch does? The table of docs/architectures.md.
+
+    python -m benchmarks.architectures      # a minute; writes benchmarks/results/architectures.json
+
+Tiny checkpoints with random weights, packed to 4 bits: for each export (cpu_exact, cpu_int4), without an
+adapter and with one, the largest difference of logits on 200 tokens, and how many of 20 greedy answers of 16
+tokens are identical. PyTorch with PEFT runs on the dequantized weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.machine import ROOT, keep
+from stages.adapt import convert
+from stages.checkpoint import load_dequantized
+from stages.generation import OnnxModel
+from stages.running import quietly
+from stages.settings import Optimize
+
+sys.path.insert(0, str(ROOT / "tests"))
+from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained  # noqa: E402
+
+LEVELS = {"cpu_exact": 1, "cpu_int4": 4}
+PROMPTS, ANSWER, LONG = 20, 16, 200
+ADAPTER = "one"
+
+
+def main() -> None:
+    """Measure every family, keep the figures, print the table."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    figures = {family: measure(family) for family in FAMILIES}
+    keep("architectures", figures)
+    print("| family | export | largest logit difference | with adapter | identical answers | with adapter |")
+    print("|" + "---|" * 6)
+    for family, exports in figures.items():
+        for export, found in exports.items():
+            cells = [f"{found[key]:.2g}" for key in ("logits", "logits_adapter")]
+            cells += [f"{found[key]} of {PROMPTS}" for key in ("answers", "answers_adapter")]
+            print(f"| {family} | {export} | {' | '.join(cells)} |")
+
+
+def measure(family: str) -> dict[str, Any]:
+    """Export one family in every way, and compare each with PyTorch."""
+    with tempfile.TemporaryDirectory() as scratch, quietly():
+        root = Path(scratch)
+        packed = checkpoint(root, FAMILIES[family])
+        plain, adapted = load_dequantized(packed), trained(packed, root / "peft", 1)
+        found = {}
+        for name, level in LEVELS.items():
+            options = Optimize(execution_provider="cpu", accuracy_level=level)
+            folder = exported(packed, root / name, options=options)
+            convert(root / "peft", folder, root / f"{name}.onnx_adapter")
+            onnx = OnnxModel(folder, {ADAPTER: root / f"{name}.onnx_adapter"})
+            base, tuned = compare(onnx, None, plain), compare(onnx, ADAPTER, adapted)
+            found[name] = base | {f"{key}_adapter": value for key, value in tuned.items()}
+        return found
+
+
+def compare(onnx: OnnxModel, adapter: str | None, model: torch.nn.Module) -> dict[str, Any]:
+    """Return the largest difference of logits, and how many greedy answers are identical."""
+    text = tokens(LONG)
+    difference = np.abs(onnx.logits(text, adapter) - logits(model, text)).max()
+    prompts = [tokens(8 + number) for number in range(PROMPTS)]
+    same = sum(onnx.generate(p, ANSWER, adapter) == greedy(model, p, onnx.ends) for p in prompts)
+    return {"logits": float(f"{difference:.3g}"), "answers": same}
+
+
+def greedy(model: torch.nn.Module, prompt: list[int], ends: set[int]) -> list[int]:
+    """Return PyTorch's greedy answer, up to and with its end token."""
+    text = list(prompt)
+    for _ in range(ANSWER):
+        text.append(int(logits(model, text)[-1].argmax()))
+        if text[-1] in ends:
+            break
+    return text[len(prompt) :]
+
+
+if __name__ == "__main__":
+    main()
