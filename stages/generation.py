@@ -51,6 +51,12 @@ def open_model(folder: Path, graph: str) -> og.Model:
         raise UserError(f"{folder} cannot run on this machine: {reason}") from None
 
 
+def read_limits(folder: Path) -> dict[str, int | None]:
+    """Return what the exported graphs need to be told, beyond genai_config.json; nothing in other folders."""
+    path = folder / "limits.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rope_switch": None}
+
+
 class OnnxModel:
     """An ONNX Runtime GenAI model with adapters loaded beside it; tokens in, tokens out, greedily."""
 
@@ -60,6 +66,7 @@ class OnnxModel:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context_length = config["context_length"]
         self._pad = config["pad_token_id"]
+        self._switch = read_limits(folder)["rope_switch"]
         self.tokenizer = og.Tokenizer(self.model)
         self.ends = {int(token) for token in self.tokenizer.eos_token_ids}
         self._adapters = og.Adapters(self.model) if adapters else None
@@ -121,14 +128,31 @@ class OnnxModel:
     ) -> Iterator[list[int]]:
         """Yield the next token of every answer until all have ended."""
         self.check_lengths(len(prompts[0]), max_new_tokens)
-        if max_new_tokens == 0:
-            return
-        max_length = len(prompts[0]) + max_new_tokens
-        generator = self.generator(max_length, adapter, batch_size=len(prompts))
-        generator.append_tokens(np.array(prompts, dtype=np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-            yield [int(token) for token in generator.get_next_tokens()]
+        texts = [list(prompt) for prompt in prompts]
+        ended: set[int] = set()
+        for length in self._stretches(len(prompts[0]), max_new_tokens):
+            generator = self.generator(length, adapter, batch_size=len(prompts))
+            generator.append_tokens(np.array(texts, dtype=np.int32))
+            while len(texts[0]) < length and len(ended) < len(texts):
+                generator.generate_next_token()
+                tokens = [int(token) for token in generator.get_next_tokens()]
+                for row, token in enumerate(tokens):
+                    texts[row].append(token)
+                ended |= {row for row, token in enumerate(tokens) if token in self.ends}
+                yield tokens
+
+    def _stretches(self, prompt: int, new_tokens: int) -> list[int]:
+        """Return up to which lengths, in tokens, to generate with one cache.
+
+        A longrope model turns keys by other factors once a text is longer than its switch. The keys in the
+        cache have the old ones, so an answer that crosses the switch is read again from there, as PyTorch
+        does. The last token of a stretch is made from the text before it, and not read itself.
+        """
+        end = prompt + new_tokens
+        if new_tokens == 0:
+            return []
+        crosses = self._switch is not None and prompt <= self._switch < end - 1
+        return [self._switch + 1, end] if crosses else [end]
 
     def generate(
         self, prompt: list[int], max_new_tokens: int, adapter: str | None = None

@@ -33,6 +33,7 @@ from stages.passes.lora_graph import BASE_MODULES, FUSED
 Tensors = dict[str, torch.Tensor]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 GRAPH = "model.onnx"
+LIMITS = "limits.json"
 PACKED = ("qweight", "scales", "qzeros")
 PAGE = 4096  # bytes
 
@@ -75,6 +76,8 @@ class GenaiBuilder(Pass):
                     shutil.move(file, folder)
         finish(folder / GRAPH, embedding, projections(source), windows(source))
         keep_every_position(folder / "genai_config.json")
+        limits = {"rope_switch": rope_switch(source)}
+        (folder / LIMITS).write_text(json.dumps(limits) + "\n", encoding="utf-8")
         return ONNXModelHandler(folder, onnx_file_name=GRAPH)
 
 
@@ -185,6 +188,16 @@ def windows(checkpoint: Path) -> list[int]:
     window = getattr(config, "sliding_window", None) or -1
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else -1 for kind in kinds]
+
+
+def rope_switch(checkpoint: Path) -> int | None:
+    """Return the longest text, in tokens, that a longrope model rotates by its short factors."""
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    original = rope.get("original_max_position_embeddings")
+    return original or config.original_max_position_embeddings
 
 
 def finish(

@@ -1,0 +1,109 @@
+"""Generation on tiny models: in batches as alone, across a change of rotation, within the context."""
+
+import numpy as np
+import pytest
+from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained
+
+from stages.adapt import convert
+from stages.checkpoint import load_dequantized
+from stages.errors import UserError
+from stages.generation import OnnxModel
+
+PAD = 1  # of the tiny tokenizer; its end token as well
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> OnnxModel:
+    """A tiny model with one adapter, and a second end token that it happens to say."""
+    root = tmp_path_factory.mktemp("llama")
+    packed = checkpoint(root, FAMILIES["llama"])
+    folder = exported(packed, root / "onnx")
+    trained(packed, root / "adapter", 1)
+    convert(root / "adapter", folder, root / "one.onnx_adapter")
+    model = OnnxModel(folder, {"one": root / "one.onnx_adapter"})
+    model.ends |= {model.generate(tokens(8), 5)[-1]}
+    return model
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory):
+    """A tiny model that turns keys by other factors beyond 64 tokens, in PyTorch and exported."""
+    root = tmp_path_factory.mktemp("longrope")
+    packed = checkpoint(root, FAMILIES["phi3-longrope"])
+    return load_dequantized(packed), OnnxModel(exported(packed, root / "onnx"))
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    return np.array(tokens(count * length)).reshape(count, length).tolist()
+
+
+@pytest.mark.parametrize("adapter", [None, "one"])
+def test_a_batch_answers_as_its_prompts_do_alone(llama, adapter):
+    batch = [tokens(8), *prompts(3, 8)]
+    alone = [llama.generate(prompt, 20, adapter) for prompt in batch]
+    assert llama.generate_many(batch, 20, adapter) == alone
+    assert len({len(answer) for answer in alone}) > 1 or adapter
+
+
+def test_an_answer_stops_at_any_end_token_and_includes_it(llama):
+    answer = llama.generate_many([tokens(8)], 20)[0]
+    assert answer[-1] in llama.ends
+    assert not llama.ends & set(answer[:-1])
+
+
+def test_prompts_that_end_in_the_padding_token_answer_in_a_batch_as_alone(llama):
+    batch = [[*prompt[:-1], PAD] for prompt in prompts(3, 8)]
+    assert llama.generate_many(batch, 6) == [llama.generate(prompt, 6) for prompt in batch]
+
+
+@pytest.mark.parametrize("adapter", [None, "one"])
+def test_likelihoods_of_a_batch_are_those_of_its_rows(llama, adapter):
+    """Also where an answer holds the padding token, or is the longest and ends in it."""
+    batch = prompts(4, 8)
+    answers = [[20, 30, 40], [PAD], [50, PAD, 60, PAD], [70, 80, 90, 100, PAD, PAD]]
+    together = llama.negative_log_likelihoods(batch, answers, adapter)
+    for prompt, answer, found in zip(batch, answers, together, strict=True):
+        text = llama.logits(prompt + answer, adapter)[len(prompt) - 1 : -1].astype(np.float64)
+        normalizer = np.log(np.exp(text).sum(axis=-1))
+        expected = normalizer - text[np.arange(len(answer)), answer]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [40, 60, 63, 64, 65])
+def test_an_answer_that_crosses_a_change_of_rotation_is_pytorchs(longrope, length):
+    torch_model, model = longrope
+    model.ends = set()
+    text = tokens(length)
+    answer = model.generate(text, 30)
+    for token in answer:
+        assert token == int(logits(torch_model, text)[-1].argmax())
+        text.append(token)
+    assert len(answer) == 30
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "message"),
+    [
+        (0, 5, "the prompt is empty: there is nothing to answer"),
+        (257, 1, "a prompt of 257 tokens and an answer of up to 1 do not fit into the model's "),
+        (250, 7, "a prompt of 250 tokens and an answer of up to 7 .* context of 256"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused_with_both_numbers(llama, prompt, new, message):
+    with pytest.raises(UserError, match=message):
+        llama.generate(tokens(prompt), new)
+
+
+def test_an_answer_may_fill_the_context_or_be_empty(llama):
+    assert 1 <= len(llama.generate(tokens(250), 6)) <= 6
+    assert llama.generate(tokens(8), 0) == []
+
+
+def test_the_cache_is_as_large_as_the_request(llama, monkeypatch):
+    asked = []
+    real = llama.generator
+    monkeypatch.setattr(
+        llama, "generator", lambda length, *a, **k: asked.append(length) or real(length, *a, **k)
+    )
+    llama.generate(tokens(8), 5)
+    assert asked == [13]
