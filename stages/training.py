@@ -90,8 +90,8 @@ def load_rows(tokenizer: PreTrainedTokenizerBase, options: Finetune) -> tuple[Da
     """Return the tokens and labels of training rows and of a sample of validation rows."""
     train, validation = (read_rows(PREPARED / f"{n}.jsonl") for n in ("train", "validation"))
     validation = validation[:: max(1, len(validation) // options.validation_rows)]
-    named = {"train": train, "validation": validation}
-    return tuple(fitting(tokenizer, rows, name, options) for name, rows in named.items())
+    splits = {"train": train, "validation": validation}
+    return tuple(fitting(tokenizer, rows, name, options) for name, rows in splits.items())
 
 
 def fitting(
@@ -114,17 +114,24 @@ def fitting(
             cut.append(row["source"])
     limit = f"finetune.max_length is {options.max_length}"
     if not kept:
-        raise UserError(f"{limit}: no row of {name} keeps a token of its answer: raise it")
+        raise UserError(
+            f"{limit}: no row of {name} keeps a token of its answer "
+            f"({named(left_out)}): raise it, or bring shorter prompts"
+        )
     warn(f"{limit}: {name} rows that keep no answer and are left out", left_out)
     warn(f"{limit}: {name} rows whose answer loses its end", cut)
     return Dataset.from_list(kept)
 
 
 def warn(what: str, sources: list[str]) -> None:
-    """Print, once, how many rows something happened to, and which."""
+    """Print how many rows something happened to, and which."""
     if sources and int(os.environ.get("RANK", "0")) == 0:
-        more = ", ..." if len(sources) > NAMED else ""
-        print(f"finetune: {what}: {len(sources)} ({', '.join(sources[:NAMED])}{more})", flush=True)
+        print(f"finetune: {what}: {len(sources)} ({named(sources)})", flush=True)
+
+
+def named(sources: list[str]) -> str:
+    """Return the first of the rows' file:line, and dots for the others."""
+    return ", ".join([*sources[:NAMED], *(["..."] if len(sources) > NAMED else [])])
 
 
 def laid_out(rows: Dataset, options: Finetune) -> Dataset:
@@ -160,18 +167,22 @@ def refuse_not_finite(model: torch.nn.Module) -> None:
 
 def check_targets(model: torch.nn.Module, options: Finetune) -> None:
     """Raise unless every name in finetune.target_modules is a linear of the model."""
-    if options.target_modules == "all-linear":
-        return
-    linears = {
-        name.rpartition(".")[2]
-        for name, module in model.model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    if unknown := set(options.target_modules) - linears:
+    linears = linears_of(model)
+    if options.target_modules != "all-linear" and (
+        unknown := set(options.target_modules) - set(linears)
+    ):
         raise UserError(
             f"finetune.target_modules has {sorted(unknown)[0]!r}: "
-            f"must be all-linear or some of {', '.join(sorted(linears))}"
+            f"must be all-linear or some of {', '.join(linears)}"
         )
+
+
+def linears_of(model: torch.nn.Module) -> list[str]:
+    """Return the names that linears have in the decoder's layers."""
+    modules = model.model.named_modules()
+    return sorted(
+        {name.rpartition(".")[2] for name, part in modules if isinstance(part, torch.nn.Linear)}
+    )
 
 
 class AnswerTrainer(SFTTrainer):
@@ -240,20 +251,25 @@ def make_trainer(model, tokenizer, train, validation, options: Finetune) -> Answ
         args=training_arguments(options),
         train_dataset=train,
         eval_dataset=validation,
-        peft_config=lora_config(options, model.config.num_hidden_layers),
+        peft_config=lora_config(options, model),
     )
 
 
-def lora_config(options: Finetune, layers: int) -> LoraConfig:
-    """Return PEFT's description of the adapter, for a model of so many layers."""
-    upper = list(range(layers // 2, layers))
+def lora_config(options: Finetune, model: torch.nn.Module) -> LoraConfig:
+    """Return PEFT's description of the adapter."""
+    targets, layers = options.target_modules, None
+    if options.layers == "upper_half":
+        count = model.config.num_hidden_layers
+        layers = list(range(count // 2, count))
+        # PEFT takes layers only beside names
+        targets = linears_of(model) if targets == "all-linear" else targets
     return LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         use_rslora=options.use_rslora,
-        target_modules=options.target_modules,
-        layers_to_transform=upper if options.layers == "upper_half" else None,
+        target_modules=targets,
+        layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
 
