@@ -79,6 +79,7 @@ def search_scales(
     inputs = tie(gram.diagonal()).clamp(min=1e-12).sqrt()
     magnitudes = tie(relative_magnitude(weights, grid.group_size)).clamp(min=1e-4)
     fast_gram = gram.to(fast_dtype())
+    weights = [some_rows(weight) for weight in weights]
     best_error, best = None, torch.ones_like(inputs)
     for step in range(steps):
         exponent = step / steps
@@ -88,6 +89,11 @@ def search_scales(
             if torch.isfinite(error) and (best_error is None or error < best_error):
                 best_error, best = error, scales
     return best
+
+
+def some_rows(weight: torch.Tensor, count: int = 256) -> torch.Tensor:
+    """Return about `count` rows of a weight, evenly spread: enough to rank candidates."""
+    return weight[:: max(1, weight.shape[0] // count)]
 
 
 def scaled_error(weight, gram, scales, grid: Grid) -> torch.Tensor:
