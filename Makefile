@@ -24,7 +24,7 @@ export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-azure azurite azurite-stop bench lint lock clean check-extra
+.PHONY: help setup repro test test-azure test-azureml azurite azurite-stop bench lint lock clean check-extra
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,9 +71,13 @@ repro: setup ## run the whole pipeline (dvc repro), then show its metrics
 test: setup ## run the tests that need no Azure account and no GPU
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --durations 30 -m "not azure and not gpu" $(PYTEST_ARGS)
 
-test-azure: setup ## run the tests of the Blob remote and Azure ML, all on loopback (Node.js)
+test-azure: setup ## run the tests of the Blob remote and its faults, on loopback (Node.js)
 	@$(BIN)/python -m lab.azurite install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 -m azure $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 tests/azure $(PYTEST_ARGS)
+
+test-azureml: setup ## run the tests of Azure ML: jobs, models, catalogue, on loopback (Node.js)
+	@$(BIN)/python -m lab.azurite install
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 tests/azureml $(PYTEST_ARGS)
 
 azurite: setup ## start a Blob emulator on this machine and point DVC at it (Node.js)
 	@$(BIN)/python -m lab.azurite start

@@ -185,7 +185,7 @@ class OnnxModel:
     def _logits(self, rows: list[list[int]], adapter: str | None) -> np.ndarray:
         """Return the logits after every token of rows of one length, [rows, tokens, vocabulary]."""
         length = len(rows[0])
-        self.check_lengths(length, 0)
+        self.check_lengths(length, 1)  # the runtime wants room for one token more
         generator = self.generator(length + 1, adapter, batch_size=len(rows))
         generator.append_tokens(np.array(rows, dtype=np.int32))
         return np.asarray(generator.get_output("logits"), dtype=np.float32)

@@ -144,17 +144,17 @@ def calibration_set(options: Quantize) -> torch.Tensor:
 def self_text(count: int, length: int, seed: int) -> torch.Tensor:
     """Return text sampled from the float model at temperature 1, [count, length].
 
-    Each half of a sequence begins with a token drawn at random, so that no two are alike
-    (LLM-QAT, arXiv:2305.17888).
+    A sequence is four pieces that each begin with a token drawn at random, so that no two are alike
+    (LLM-QAT, arXiv:2305.17888), and many are written at once.
     """
     model = load_float(BASE, fast_dtype())
     set_seed(seed)
-    first = torch.randint(model.config.vocab_size, (2 * count, 1)).to(model.device)
+    first = torch.randint(model.config.vocab_size, (4 * count, 1)).to(model.device)
     written = model.generate(
         first,
         attention_mask=torch.ones_like(first),
-        min_new_tokens=length // 2 - 1,
-        max_new_tokens=length // 2 - 1,
+        min_new_tokens=length // 4 - 1,
+        max_new_tokens=length // 4 - 1,
         do_sample=True,
         temperature=1.0,
         top_k=0,

@@ -126,7 +126,7 @@ class Quantize(Section):
     eight_bit_modules: list[str]
     scale_grid: Positive
     calibration_sequences: Positive
-    calibration_length: Annotated[int, Field(ge=16, multiple_of=2)]
+    calibration_length: Annotated[int, Field(ge=16, multiple_of=4)]
     self_text_share: Annotated[float, Field(ge=0, le=1)]
     perplexity_sequences: NotNegative
     seed: NotNegative

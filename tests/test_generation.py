@@ -42,7 +42,8 @@ def test_a_batch_answers_as_its_prompts_do_alone(llama, adapter):
     batch = [tokens(8), *prompts(3, 8)]
     alone = [llama.generate(prompt, 20, adapter) for prompt in batch]
     assert llama.generate_many(batch, 20, adapter) == alone
-    assert len({len(answer) for answer in alone}) > 1 or adapter
+    if adapter is None:  # which says its second end token early in one of them
+        assert len({len(answer) for answer in alone}) > 1
 
 
 def test_an_answer_stops_at_any_end_token_and_includes_it(llama):
