@@ -27,7 +27,7 @@ from stages.running import quietly
 from stages.settings import Optimize
 
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained  # noqa: E402
+from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained
 
 LEVELS = {"cpu_exact": 1, "cpu_int4": 4}
 PROMPTS, ANSWER, LONG = 20, 16, 200
@@ -40,7 +40,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     figures = {family: measure(family) for family in FAMILIES}
     keep("architectures", figures)
-    print("| family | export | largest logit difference | with adapter | identical answers | with adapter |")
+    print(
+        "| family | export | largest logit difference | with adapter | identical answers | with adapter |"
+    )
     print("|" + "---|" * 6)
     for family, exports in figures.items():
         for export, found in exports.items():

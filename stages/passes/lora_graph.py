@@ -62,7 +62,7 @@ class LoraGraph(Pass):
 
     def _run_for_config(self, model: ONNXModelHandler, config, output_model_path):
         source, folder = Path(model.model_path), Path(output_model_path)
-        if source.parent != folder:
+        if source.parent.resolve() != folder.resolve():
             shutil.copytree(source.parent, folder, dirs_exist_ok=True)
         graph = ir.load(folder / source.name)
         on_cpu = self.accelerator_spec.execution_provider == ExecutionProvider.CPUExecutionProvider
