@@ -107,7 +107,7 @@ def ours(folder: Path) -> dict[str, Any]:
     options = load().quantize
     tokens = {"tokens": load_file(folder / "tokens.safetensors")["calibration"]}
     save_file(tokens, folder / "calibration.safetensors")
-    search = {key: getattr(options, key) for key in ("scale_grid", "clip_grid", "clip_min")}
+    search = {key: getattr(options, key) for key in ("scale_grid",)}
     return quantized_by(
         folder, (Awq, search | {"calibration": str(folder / "calibration.safetensors")})
     )

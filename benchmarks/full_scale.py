@@ -112,10 +112,8 @@ def write_long_rows(folder: Path, count: int = 460) -> None:
 
 def tokens_of(tokenizer, row: dict[str, str]) -> int:
     """Return the tokens of a row as training sees it."""
-    chat = {
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        "completion": [{"role": "assistant", "content": row["response"]}],
-    }
+    turns = [("user", row["prompt"]), ("assistant", row["response"])]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
     return len(prompt_ids(tokenizer, chat)) + len(answer_ids(tokenizer, chat))
 
 
@@ -123,7 +121,7 @@ def finetune(folder: Path, figures: dict[str, Any], *overrides: str) -> dict[str
     """Train, and set its operations beside the limit."""
     write_params(folder, *COMMON, *TRAINING, *overrides)
     cost = run_stage("finetune", folder)
-    training = read_json(folder / "metrics/runtime/training.json")
+    training = read_json(folder / "metrics/speed/training.json")
     tokens = training["tokens_per_second"] * training["seconds"]
     # forward, and backward to the activations: the base's own gradients are not needed
     operations = 4 * linear_parameters(folder) * tokens

@@ -99,7 +99,7 @@ def ours(folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     command = [sys.executable, "-m", "stages.finetune"]
     subprocess.run(command, cwd=folder, env=environment, check=True)
-    training = read_json(folder / "metrics/runtime/training.json")
+    training = read_json(folder / "metrics/speed/training.json")
     return {
         "steps": load().finetune.max_steps,
         "wall_seconds": round(time.monotonic() - started, 1),

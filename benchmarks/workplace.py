@@ -32,4 +32,4 @@ def run_stage(name: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", f"stages.{name}"]
     subprocess.run(command, cwd=folder, env=environment, check=True)
     cost = {"wall_seconds": round(time.monotonic() - started, 1)}
-    return cost | read_json(folder / f"metrics/runtime/{name}.json")
+    return cost | read_json(folder / f"metrics/speed/{name}.json")
