@@ -173,7 +173,7 @@ def test_a_broken_row_stops_prepare_with_its_line_and_leaves_no_result(project):
     output = project.dvc("repro", "prepare", exits=255)
     errors = [line for line in output.splitlines() if line.startswith("prepare: ")]
     assert len(errors) == 1
-    assert errors[0].startswith("prepare: data/travel.jsonl line 7 is not JSON")
+    assert errors[0].startswith("prepare: data/travel.jsonl:7: is not JSON")
     assert "Traceback" not in output
     assert not (project.root / "data/prepared").exists()
     assert left_behind(project) == []
