@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.architecture import linear_groups
 from stages.checkpoint import load_dequantized
 from stages.errors import UserError
+from stages.passes import awq
 from stages.passes.awq import Awq
 from stages.passes.awq_search import Grid, output_error, search_scales
 from stages.passes.compensation import compensate, inverse_factor, round_block, round_columns
@@ -103,6 +104,21 @@ def test_the_same_calibration_gives_the_same_bytes(tmp_path):
         packed(tiny_model("llama"), tmp_path / run, tokens, Awq)
     one, two = (tmp_path / run / "Awq/model.safetensors" for run in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+
+
+@torch.no_grad()
+def test_where_bfloat16_is_fast_the_gram_matrices_can_still_be_inverted(monkeypatch):
+    monkeypatch.setattr(awq, "fast_dtype", lambda: torch.bfloat16)
+    model, tokens = tiny_model("llama", hidden_size=256, head_dim=64), torch.randint(97, (8, 64))
+    model.model.embed_tokens.weight += 3  # inputs share a direction, as those of trained models do
+    layer, arguments = model.model.layers[0], awq.layer_arguments(model, tokens[:1])[0]
+    groups = linear_groups(layer, model.config)
+    hidden = [model.model.embed_tokens(tokens)]
+    _, grams = awq.run_and_watch(layer, groups, hidden, arguments)
+    for gram in grams:
+        least = torch.linalg.eigvalsh(gram.double())[0]
+        assert least > -1e-4 * gram.diagonal().mean()  # 0 but for float32's last digits
+        assert inverse_factor(gram).isfinite().all()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

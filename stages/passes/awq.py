@@ -135,14 +135,19 @@ def on_device(value):
 
 
 def run_and_watch(layer, groups, hidden, arguments):
-    """Run the layer; return its outputs and each group's Gram matrix, [in, in] in float32."""
+    """Run the layer; return its outputs and each group's Gram matrix, [in, in] in float32.
+
+    The layer runs in the fast dtype; products are summed in float32: rounded to bfloat16, a Gram matrix is no
+    longer positive definite, by more than the damping mends, and has no Cholesky factor.
+    """
     grams = [None] * len(groups)
     dtype = fast_dtype()
 
     def watch(index):
         def add(_, args):
-            inputs = args[0].flatten(0, -2).to(dtype)
-            gram = (inputs.T @ inputs).float()
+            inputs = args[0].flatten(0, -2).float()
+            with torch.autocast(inputs.device.type, enabled=False):
+                gram = inputs.T @ inputs
             grams[index] = gram if grams[index] is None else grams[index].add_(gram)
 
         return add
