@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from stages.adapt import convert
+from stages.errors import UserError
 from stages.running import in_megabytes, size_of, written_beside
 
 
@@ -27,6 +28,10 @@ def adapt(
 ) -> None:
     """Convert a PEFT adapter for the ONNX model, or say in one line why that cannot be."""
     target = out or peft.with_name(f"{peft.resolve().name}.onnx_adapter")
+    if target.is_dir():
+        raise UserError(
+            f"--out {target} is a folder: name a file, such as {target}/my.onnx_adapter"
+        )
     with written_beside(target) as beside:
         inputs = convert(peft, model, beside)
     print(f"{target} ({in_megabytes(size_of(target))}, {inputs} inputs)")

@@ -44,6 +44,10 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Ask the ONNX model, with its adapter, without, or with several side by side."""
+    if question is not None:
+        check_question(question)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without emoji shows a ? instead
+        stream.reconfigure(errors="replace")
     adapters = {} if no_adapter else parse_adapters(adapter)
     onnx = Speaker(model, adapters)
     opening: Messages = [{"role": "system", "content": system}] if system else []
@@ -52,6 +56,16 @@ def chat(
     else:
         messages = [*opening, {"role": "user", "content": question}]
         ask(onnx, list(adapters), messages, max_new_tokens)
+
+
+def check_question(question: str) -> None:
+    """Raise `UserError` for a question without a word in it, or in another encoding than UTF-8."""
+    if not question.strip():
+        raise UserError("the question is empty: there is nothing to answer")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise UserError("the question is not UTF-8: set the terminal's encoding to it") from None
 
 
 def parse_adapters(given: list[str] | None) -> dict[str, Path]:

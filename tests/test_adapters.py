@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
 
+from lab.adapt import adapt
 from stages.adapt import convert
 from stages.errors import UserError
 from stages.generation import OnnxModel
@@ -127,3 +128,12 @@ def test_a_key_of_a_newer_peft_is_taken_where_it_says_nothing_and_refused_where_
     file.write_text(json.dumps({**config, "from_the_future": True}))
     with pytest.raises(UserError, match="from_the_future is set"):
         convert(tmp_path / "peft", llama[1], tmp_path / "file")
+
+
+def test_a_folder_is_never_replaced_by_an_adapter(llama, tmp_path):
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/work.txt").write_text("dear to somebody")
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        adapt(tmp_path / "peft", tmp_path / "mine", llama[1])
+    assert (tmp_path / "mine/work.txt").exists()

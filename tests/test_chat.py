@@ -100,6 +100,15 @@ def test_a_conversation_longer_than_the_context_is_followed_by_a_new_one(monkeyp
     )
 
 
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [("", "is empty"), (" \n\t", "is empty"), ("caf\udce9", "is not UTF-8")],
+)
+def test_a_question_that_says_nothing_or_cannot_be_read_is_refused(question, message):
+    with pytest.raises(UserError, match=message):
+        chat.check_question(question)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return random_model.train_tokenizer(ROOT / "data/travel.jsonl", 400)
