@@ -27,7 +27,7 @@ from stages.running import quietly
 from stages.settings import Optimize
 
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained
+from tiny_models import FAMILIES, checkpoint, exported, greedy, logits, tokens, trained
 
 LEVELS = {"cpu_exact": 1, "cpu_int4": 4}
 PROMPTS, ANSWER, LONG = 20, 16, 200
@@ -73,18 +73,10 @@ def compare(onnx: OnnxModel, adapter: str | None, model: torch.nn.Module) -> dic
     text = tokens(LONG)
     difference = np.abs(onnx.logits(text, adapter) - logits(model, text)).max()
     prompts = [tokens(8 + number) for number in range(PROMPTS)]
-    same = sum(onnx.generate(p, ANSWER, adapter) == greedy(model, p, onnx.ends) for p in prompts)
+    same = sum(
+        onnx.generate(p, ANSWER, adapter) == greedy(model, p, ANSWER, onnx.ends) for p in prompts
+    )
     return {"logits": float(f"{difference:.3g}"), "answers": same}
-
-
-def greedy(model: torch.nn.Module, prompt: list[int], ends: set[int]) -> list[int]:
-    """Return PyTorch's greedy answer, up to and with its end token."""
-    text = list(prompt)
-    for _ in range(ANSWER):
-        text.append(int(logits(model, text)[-1].argmax()))
-        if text[-1] in ends:
-            break
-    return text[len(prompt) :]
 
 
 if __name__ == "__main__":

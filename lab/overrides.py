@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -68,7 +67,7 @@ def check_key(text: str, override: Override, known: list[str]) -> None:
 
 def check_option(group: str, option: object) -> None:
     """Raise `UserError` for an option that a group does not have."""
-    options = sorted(file.stem for file in Path(CONF, group).glob("*.yaml"))
+    options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     for name in option if isinstance(option, list) else [option]:
         if name is not None and str(name) not in options:
             raise UserError(f"-S {group}={name}: conf/{group} has {', '.join(options)}")

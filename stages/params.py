@@ -71,7 +71,7 @@ def check_strictly() -> None:
         )
 
 
-def compose(overrides: Sequence[str] = ()) -> str:
+def compose(overrides: Sequence[str] = (), conf: Path = CONF) -> str:
     """Return the text that conf/ composes to, by DVC's own composer. Raises `UserError` for nonsense."""
     from dvc.utils.hydra import compose_and_dump  # stages load fast without it
     from hydra.errors import HydraException
@@ -79,7 +79,7 @@ def compose(overrides: Sequence[str] = ()) -> str:
     with tempfile.TemporaryDirectory() as folder:
         composed = Path(folder, PARAMS.name)
         try:
-            compose_and_dump(str(composed), str(CONF.resolve()), None, "config", ".", [*overrides])
+            compose_and_dump(str(composed), str(conf.resolve()), None, "config", ".", [*overrides])
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"conf/ does not compose: {in_one_line(error)}") from None
         return composed.read_text(encoding="utf-8")

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnxruntime import InferenceSession
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
+from tiny_models import FAMILIES, checkpoint, exported, greedy, logits, same, tokens, trained
 
 from stages.adapt import convert
 from stages.checkpoint import load_dequantized
@@ -134,15 +133,6 @@ def test_long_prompts_are_read_as_in_pytorch(family, count, built):
     packed, folder = built(family)
     prompt = tokens(count)
     same(OnnxModel(folder).logits(prompt), logits(load_dequantized(packed), prompt))
-
-
-@torch.no_grad()
-def greedy(model, prompt: list[int], count: int) -> list[int]:
-    """PyTorch's greedy answer, every token from the whole text before it."""
-    text = list(prompt)
-    for _ in range(count):
-        text.append(int(logits(model, text)[-1].argmax()))
-    return text[len(prompt) :]
 
 
 def test_an_answer_that_leaves_the_window_is_pytorchs(built):

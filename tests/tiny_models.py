@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,18 @@ def trained(packed: Path, folder: Path, seed: int, **options) -> PeftModel:
 def logits(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
     """Return PyTorch's logits after every token, [tokens, vocabulary]."""
     return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+
+def greedy(
+    model: torch.nn.Module, prompt: list[int], count: int, ends: Set[int] = frozenset()
+) -> list[int]:
+    """Return PyTorch's greedy answer, every token from the whole text before it, up to and with an end."""
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(logits(model, text)[-1].argmax()))
+        if text[-1] in ends:
+            break
+    return text[len(prompt) :]
 
 
 def same(left: np.ndarray, right: np.ndarray) -> None:

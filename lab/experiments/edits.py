@@ -5,17 +5,14 @@ Comments and the order of lines stay. Raises `UserError` when conf/ cannot be br
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-from dvc.utils.hydra import compose_and_dump
-from omegaconf.errors import OmegaConfBaseException
 from ruamel.yaml import YAML
 
+from stages import params
 from stages.errors import UserError
-from stages.params import flat
+from stages.params import flat, values_of
 
 DIGEST = "conf_digest"
 Values = dict[str, Any]
@@ -34,11 +31,8 @@ def write_into(conf: Path, wanted: Values, name: str) -> list[str]:
 
 
 def compose(conf: Path, *overrides: str) -> Values:
-    """Return what conf/ composes to, flat."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "params.yaml")
-        compose_and_dump(str(output), str(conf.resolve()), None, "config", ".", list(overrides))
-        return leaves(yaml.safe_load(output.read_text(encoding="utf-8")))
+    """Return what a conf/ composes to, flat. Raises `UserError` where it does not."""
+    return leaves(values_of(params.compose(overrides, conf)))
 
 
 def leaves(values: Values) -> Values:
@@ -75,7 +69,7 @@ def distance(conf: Path, override: str, goal: Values) -> float:
     """Return how many values an option leaves to change; no option that asks for more is near."""
     try:
         return len(differing(compose(conf, override), goal))
-    except OmegaConfBaseException:
+    except UserError:
         return float("inf")
 
 
