@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from stages.errors import UserError
 from stages.passes.lora_graph import BASE_MODULES, FUSED, load_graph, lora_inputs
@@ -49,6 +49,9 @@ OTHER_METHODS = {
     "use_dora",
     "use_qalora",
 }
+
+# how A and B may begin; every other way changes the base's weights too, which are not in the adapter
+INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,14 @@ def read_adapter(folder: Path) -> dict[str, Pair]:
     for name in sorted(name for name in tensors if name.endswith(A)):
         stem = name.removesuffix(A)
         module = stem.removeprefix("base_model.model.")
-        scaling = np.float32(scaling_of(module, config))
-        modules[module] = (tensors[name].T, tensors[stem + B].T * scaling)
+        rank, scaling = rank_and_scaling(module, config)
+        found = (tensors[name].shape[0], tensors[stem + B].shape[1])
+        if found != (rank, rank):
+            raise UserError(
+                f"{folder}: the rank of {module} is {found[0]} in lora_A and {found[1]} in lora_B, but "
+                f"{rank} in adapter_config.json: bring both files from one training"
+            )
+        modules[module] = (tensors[name].T, tensors[stem + B].T * np.float32(scaling))
     return modules
 
 
@@ -114,9 +123,14 @@ def read_config(folder: Path) -> dict:
         raise UserError(
             f"{folder} holds no adapter_config.json: it must be a PEFT adapter's folder"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {config.get('peft_type')}: must be LORA")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}: save the adapter again") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type is {kind}: must be LORA")
+    check_initialisation(config, path)
     for key, value in config.items():
         if value and (key in OTHER_METHODS or key not in LoraConfig.__dataclass_fields__):
             raise UserError(
@@ -126,13 +140,26 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def check_initialisation(config: dict, path: Path) -> None:
+    """Raise `UserError` for PiSSA and the like: such an adapter belongs to a base that they changed."""
+    way = config.get("init_lora_weights")
+    if way not in INITIALISATIONS:
+        raise UserError(
+            f"{path}: init_lora_weights is {way!r}, which changes the base's weights too: save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        )
+
+
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Return an adapter's tensors by name, float32. Raises `UserError` where one is not finite."""
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{folder} holds no {path.name}: save the adapter with safetensors")
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}: copy or save it again") from None
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise UserError(
@@ -162,12 +189,12 @@ def check_names(tensors: dict[str, np.ndarray], folder: Path) -> None:
         raise UserError(f"{folder} adapts no module")
 
 
-def scaling_of(module: str, config: dict) -> float:
-    """Return alpha / rank of a module, or alpha / √rank; patterns may give it a rank and alpha of its own."""
+def rank_and_scaling(module: str, config: dict) -> tuple[int, float]:
+    """Return a module's rank, and alpha / rank or alpha / √rank; patterns may give it values of its own."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(ranks, module), config["r"])
     alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def check_modules(modules: dict[str, Pair], known: list[str], onnx: Path) -> None:

@@ -79,7 +79,21 @@ class OnnxModel:
         try:
             self._adapters.load(str(file), name)
         except Exception as error:  # the binding raises plain Exception
-            raise UserError(f"adapter {name}: {file} cannot be loaded: {error}") from None
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"adapter {name}: {file} cannot be loaded: {reason}") from None
+        self._check_fits(name, file)
+
+    def _check_fits(self, name: str, file: Path) -> None:
+        """Run one token: the runtime compares an adapter's shapes with the graph's inputs only then."""
+        generator = self.generator(2, name)
+        try:
+            generator.append_tokens(np.array([[0]], dtype=np.int32))
+        except Exception as error:  # the binding raises plain Exception
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"adapter {name}: {file} is not made for this model ({reason}): "
+                "convert it anew with `lab adapt`"
+            ) from None
 
     def generator(
         self,
@@ -203,7 +217,13 @@ class OnnxModel:
 
         The last token of a row only costs time, no token is judged by what comes after it: it is left out.
         Shorter rows are filled up with any token but the padding one, which the runtime treats differently.
+        Rows on both sides of a longrope switch are read one by one: a batch is turned as its longest row is.
         """
+        if self._switch is not None and len(prompts) > 1:
+            lengths = [len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True)]
+            if min(lengths) <= self._switch <= max(lengths):
+                pairs = zip(prompts, answers, strict=True)
+                return [self.negative_log_likelihood(p, a, adapter) for p, a in pairs]
         rows = [(p + a)[:-1] for p, a in zip(prompts, answers, strict=True)]
         longest = max(map(len, rows))
         filler = int(self._pad == 0)

@@ -102,6 +102,47 @@ def test_an_adapter_of_another_base_is_noticed(llama, tmp_path):
         convert(tmp_path / "peft", llama[1], tmp_path / "file")
 
 
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_an_adapter_that_began_by_changing_the_base_is_refused(way, llama, tmp_path):
+    """In PEFT such an adapter stands on weights that loading it changes; the graph has the base's own."""
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"], init_lora_weights=way)
+    with pytest.raises(UserError, match=f"init_lora_weights is '{way}'"):
+        convert(tmp_path / "peft", llama[1], tmp_path / "file")
+
+
+def test_a_configuration_with_another_rank_than_the_weights_is_refused(llama, tmp_path):
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"])
+    file = tmp_path / "peft/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 2}))
+    with pytest.raises(UserError, match=r"q_proj is 4 in lora_A and 4 in lora_B, but 2 in"):
+        convert(tmp_path / "peft", llama[1], tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", "{", "is not JSON"),
+        ("adapter_config.json", "[]", "peft_type is None"),
+        ("adapter_model.safetensors", "cut off", "is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(name, content, message, llama, tmp_path):
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"])
+    (tmp_path / "peft" / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}:? {message}") as refusal:
+        convert(tmp_path / "peft", llama[1], tmp_path / "file")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_file_made_for_another_model_is_refused_when_it_is_loaded(llama, tmp_path):
+    other = checkpoint(tmp_path / "other", FAMILIES["llama"] | {"hidden_size": 128})
+    trained(other, tmp_path / "peft", 3)
+    convert(tmp_path / "peft", exported(other, tmp_path / "onnx"), tmp_path / "file")
+    with pytest.raises(UserError, match="is not made for this model") as refusal:
+        OnnxModel(llama[1], {"theirs": tmp_path / "file"})
+    assert len(str(refusal.value).splitlines()) == 1
+
+
 def test_a_module_without_inputs_in_the_graph_is_named(llama, tmp_path):
     onnx = exported(llama[0], tmp_path / "onnx", targets=["q_proj"])
     trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj", "down_proj"])

@@ -82,6 +82,15 @@ def test_an_answer_that_crosses_a_change_of_rotation_is_pytorchs(longrope, lengt
     assert len(answer) == 30
 
 
+def test_likelihoods_on_both_sides_of_a_change_of_rotation_are_those_of_its_rows(longrope):
+    """A batch is turned by the factors of its longest row: rows of 40 and 90 tokens, the change after 64."""
+    text, model = tokens(130), longrope[1]
+    asked, answers = [text[:20], text[20:40]], [text[40:60], text[60:130]]
+    for row, found in enumerate(model.negative_log_likelihoods(asked, answers)):
+        alone = model.negative_log_likelihood(asked[row], answers[row])
+        np.testing.assert_allclose(found, alone, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("prompt", "new", "message"),
     [
