@@ -69,15 +69,15 @@ repro: setup ## run the whole pipeline (dvc repro), then show its metrics
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc metrics show
 
 test: setup ## run the tests that need no Azure account and no GPU
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --durations 30 -m "not azure and not gpu" $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal --durations 30 -m "not azure and not gpu" $(PYTEST_ARGS)
 
 test-azure: setup ## run the tests of the Blob remote and its faults, on loopback (Node.js)
 	@$(BIN)/python -m lab.azurite install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 tests/azure $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal tests/azure $(PYTEST_ARGS)
 
 test-azureml: setup ## run the tests of Azure ML: jobs, models, catalogue, on loopback (Node.js)
 	@$(BIN)/python -m lab.azurite install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 tests/azureml $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal tests/azureml $(PYTEST_ARGS)
 
 azurite: setup ## start a Blob emulator on this machine and point DVC at it (Node.js)
 	@$(BIN)/python -m lab.azurite start

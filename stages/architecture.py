@@ -56,7 +56,7 @@ def check_family(config) -> None:
     if config.model_type not in FAMILIES:
         raise UserError(
             f"quantize.method awq does not know model type {config.model_type!r} "
-            f"(known: {', '.join(sorted(FAMILIES))}): use quantize=rtn or quantize=gptq"
+            f"(known: {', '.join(sorted(FAMILIES))}): use quantize=rtn"
         )
 
 

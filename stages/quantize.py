@@ -20,11 +20,11 @@ from olive.passes.olive_pass import create_pass_from_dict
 from olive.passes.pytorch.rtn import Rtn
 from safetensors.torch import save_file
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, set_seed
+from transformers import AutoConfig, set_seed
 
 from stages.architecture import check_family, projections
 from stages.chats import read_rows, sequences
-from stages.checkpoint import load_dequantized, load_float, load_tokenizer
+from stages.checkpoint import empty_model, load_dequantized, load_float, load_tokenizer
 from stages.errors import UserError
 from stages.hardware import fast_dtype
 from stages.passes.awq import Awq
@@ -70,11 +70,9 @@ def check(options: Quantize) -> None:
 
 def check_group_size(config, group_size: int) -> None:
     """Raise unless the group size divides the input width of every linear; name one that does."""
-    with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     widths = {
         name: linear.in_features
-        for name, linear in model.named_modules()
+        for name, linear in empty_model(config).named_modules()
         if isinstance(linear, nn.Linear)
     }
     for name, width in widths.items():

@@ -1,7 +1,8 @@
 """Clones of the working tree in which the real pipeline runs on the tiny model.
 
-`finished` has been run once for the whole session, whatever the number of pytest-xdist workers;
-`project` is a test's own copy of it, to run further, change or break.
+`finished` has been run once for the whole session, whatever the number of pytest-xdist workers; two more
+went on from there: `with_experiment` tried a setting, `two_commits` made it the default. `project`, `tried`
+and `changed` are a test's own copies of them, to run further, change or break.
 """
 
 from __future__ import annotations
@@ -92,6 +93,11 @@ class Project:
         """Run `git ...` in the clone."""
         return self.run("git", *words)
 
+    @property
+    def log(self) -> Path:
+        """Return the file that keeps what making this clone printed."""
+        return self.root.with_name(f"{self.root.name}.log")
+
     def commit(self) -> None:
         """Commit everything that git does not ignore."""
         self.git("add", "--all")
@@ -177,21 +183,57 @@ def once(shared) -> Callable[[str, Callable[[Path], None]], Path]:
 
 @pytest.fixture(scope="session")
 def finished(once) -> Project:
-    """A clone after a full `dvc repro`, committed; what DVC printed is in repro.log. Only read it."""
+    """A clone after a full `dvc repro`, committed. Only read it."""
 
     def repro(root: Path) -> None:
         project = clone(root)
-        output = project.dvc("repro")
+        project.log.write_text(project.dvc("repro"), encoding="utf-8")
         project.commit()
-        (root.parent / "repro.log").write_text(output, encoding="utf-8")
 
     return Project(once("finished", repro))
+
+
+@pytest.fixture(scope="session")
+def with_experiment(once, finished) -> Project:
+    """A clone after an experiment called `shorter` in a temporary copy of it. Only read it."""
+
+    def experiment(root: Path) -> None:
+        project, shorter = finished.copy(root), ["-S", "evaluate.max_new_tokens=6"]
+        output = project.dvc("exp", "run", "--temp", "--name", "shorter", *shorter)
+        project.log.write_text(output, encoding="utf-8")
+
+    return Project(once("with_experiment", experiment))
+
+
+@pytest.fixture(scope="session")
+def two_commits(once, finished) -> Project:
+    """Two commits that differ in one line of conf/ and its results. Only read it."""
+
+    def change(root: Path) -> None:
+        project = finished.copy(root)
+        project.replace("conf/experiment/shrunk.yaml", "max_new_tokens: 8", "max_new_tokens: 6")
+        project.log.write_text(project.dvc("repro"), encoding="utf-8")
+        project.commit()
+
+    return Project(once("two_commits", change))
 
 
 @pytest.fixture
 def project(finished, tmp_path) -> Project:
     """A test's own copy of the finished clone."""
     return finished.copy(tmp_path / "project")
+
+
+@pytest.fixture
+def tried(with_experiment, tmp_path) -> Project:
+    """A test's own copy of the clone with an experiment."""
+    return with_experiment.copy(tmp_path / "tried")
+
+
+@pytest.fixture
+def changed(two_commits, tmp_path) -> Project:
+    """A test's own copy of the clone with two commits."""
+    return two_commits.copy(tmp_path / "changed")
 
 
 @pytest.fixture

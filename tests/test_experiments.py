@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Project, stages_that_ran
+from conftest import ROOT, stages_that_ran
 
 from lab.experiments.edits import compose, leaves, write_into
 from stages.errors import UserError
@@ -66,34 +66,17 @@ def test_what_conf_cannot_express_is_named(conf):
         write_into(conf, nested(wanted), "exp")
 
 
-@pytest.fixture(scope="session")
-def with_experiment(once, finished) -> Project:
-    """A clone after an experiment called `more`, which left its workspace alone. Only read it."""
-
-    def experiment(root) -> None:
-        project = finished.copy(root)
-        project.dvc("exp", "run", "--temp", "--name", "more", "-S", "finetune.max_steps=3")
-
-    return Project(once("with_experiment", experiment))
-
-
-@pytest.fixture
-def tried(with_experiment, tmp_path) -> Project:
-    """A test's own copy of it."""
-    return with_experiment.copy(tmp_path / "tried")
-
-
 @pytest.mark.slow
 def test_a_promoted_experiment_is_the_new_default_with_its_results(tried):
     shown = tried.python("lab.cli", "exp", "--csv")
     header = shown.splitlines()[0].split(",")
-    assert "finetune.max_steps" in header
+    assert "evaluate.max_new_tokens" in header
     assert not [name for name in header if "/" in name or "runtime" in name or "base" in name]
-    output = tried.python("lab.cli", "promote", "more")
-    assert "finetune.max_steps=3" in output
+    output = tried.python("lab.cli", "promote", "shorter")
+    assert "evaluate.max_new_tokens=6" in output
     assert tried.git("status", "--short") == ""
-    assert "Promote experiment more" in tried.git("log", "-1", "--format=%B")
-    assert "max_steps: 3" in (tried.root / "conf/experiment/shrunk.yaml").read_text()
+    assert "Promote experiment shorter" in tried.git("log", "-1", "--format=%B")
+    assert "max_new_tokens: 6" in (tried.root / "conf/experiment/shrunk.yaml").read_text()
     tried.python("stages.params", "--strict")
     tried.python("lab.cli", "review", "--stages")
     assert stages_that_ran(tried.dvc("repro")) == []
@@ -104,20 +87,22 @@ def test_promoting_loses_no_work_and_names_what_stands_in_the_way(tried):
     missing = tried.python("lab.cli", "promote", "none-such", exits=1)
     assert missing.startswith("lab: none-such is no experiment of this repository")
     tried.replace("README.md", "# olive-lab", "# My lab")
-    assert "uncommitted changes (README.md)" in tried.python("lab.cli", "promote", "more", exits=1)
+    assert "uncommitted changes (README.md)" in tried.python(
+        "lab.cli", "promote", "shorter", exits=1
+    )
     assert "# My lab" in (tried.root / "README.md").read_text()
     tried.commit()
-    late = tried.python("lab.cli", "promote", "more", exits=1)
+    late = tried.python("lab.cli", "promote", "shorter", exits=1)
     assert "was run on commit" in late
 
 
 @pytest.mark.slow
 def test_an_experiment_that_ran_with_edited_code_is_not_promoted_without_it(project):
-    project.replace("stages/finetune.py", '"""Train a LoRA', '"""Fit a LoRA')
-    project.dvc("exp", "run", "--temp", "--name", "edited", "-S", "finetune.max_steps=3")
-    project.git("restore", "stages/finetune.py")
+    project.replace("stages/report.py", '"""Collect', '"""Gather')
+    project.dvc("exp", "run", "--temp", "--name", "edited")
+    project.git("restore", "stages/report.py")
     output = project.python("lab.cli", "promote", "edited", exits=1)
-    assert output.startswith("lab: edited ran with an edited stages/finetune.py: commit that edit")
+    assert output.startswith("lab: edited ran with an edited stages/report.py: commit that edit")
     assert len(output.splitlines()) == 1
 
 
@@ -125,9 +110,9 @@ def test_an_experiment_that_ran_with_edited_code_is_not_promoted_without_it(proj
 def test_an_experiment_without_its_results_says_at_once_what_to_pull(tried):
     shutil.rmtree(tried.root / ".dvc/cache")
     tried.dvc("remote", "add", "--local", "--default", "dead", "http://127.0.0.1:1/")
-    output = tried.python("lab.cli", "promote", "more", exits=1)
+    output = tried.python("lab.cli", "promote", "shorter", exits=1)
     assert output.startswith("lab: models/")
-    assert "`lab dvc exp pull GIT_REMOTE more` brings them" in output
+    assert "`lab dvc exp pull GIT_REMOTE shorter` brings them" in output
     assert len(output.splitlines()) == 1
     assert tried.git("status", "--short") == ""
 

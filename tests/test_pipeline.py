@@ -76,7 +76,7 @@ def in_order(stages: list[str]) -> list[str]:
 
 
 def test_a_full_run_runs_every_stage_and_makes_every_output(finished):
-    log = (finished.root.parent / "repro.log").read_text()
+    log = finished.log.read_text()
     assert in_order(stages_that_ran(log)) == ["params", *ALL]
     assert [name for name in OUTPUTS if not (finished.root / name).is_file()] == []
     assert left_behind(finished) == []
@@ -85,7 +85,7 @@ def test_a_full_run_runs_every_stage_and_makes_every_output(finished):
 
 
 def test_every_stage_says_in_its_last_line_what_it_made_and_how_long_it_took(finished):
-    log = (finished.root.parent / "repro.log").read_text()
+    log = finished.log.read_text()
     for stage in ALL:
         (line,) = [line for line in log.splitlines() if line.startswith(f"{stage}: ")]
         assert " s, peak memory " in line
@@ -121,12 +121,11 @@ def test_more_training_runs_exactly_what_depends_on_it(project):
     assert params(project) == before
 
 
-def test_an_edit_of_conf_is_taken_up_by_the_next_repro(project):
-    project.replace("conf/experiment/shrunk.yaml", "max_new_tokens: 8", "max_new_tokens: 6")
-    output = project.dvc("repro")
+def test_an_edit_of_conf_is_taken_up_by_the_next_repro(two_commits, changed):
+    output = two_commits.log.read_text()
     assert "evaluate.max_new_tokens: 8 -> 6" in output
     assert stages_that_ran(output) == ["params", "evaluate", "report"]
-    assert stages_that_ran(project.dvc("repro")) == []
+    assert stages_that_ran(changed.dvc("repro")) == []
 
 
 def test_a_comment_in_conf_reruns_nothing_but_the_guard(project):
@@ -135,15 +134,13 @@ def test_a_comment_in_conf_reruns_nothing_but_the_guard(project):
     assert stages_that_ran(project.dvc("repro")) == ["params"]
 
 
-def test_an_applied_override_survives_an_edit_of_the_schema(project):
-    project.dvc("exp", "run", "--name", "more", "-S", "evaluate.max_new_tokens=6")
-    project.git("checkout", "--quiet", "HEAD", ".")
-    project.dvc("exp", "apply", "more")
-    with (project.root / "stages/settings.py").open("a") as file:
+def test_an_applied_override_survives_an_edit_of_the_schema(tried):
+    tried.dvc("exp", "apply", "shorter")
+    with (tried.root / "stages/settings.py").open("a") as file:
         file.write("# a remark\n")
-    assert stages_that_ran(project.dvc("repro")) == ["params"]
-    assert params(project)["evaluate"]["max_new_tokens"] == 6
-    assert "evaluate.max_new_tokens: 6 -> 8" in project.python("stages.params", "--strict", exits=1)
+    assert stages_that_ran(tried.dvc("repro")) == ["params"]
+    assert params(tried)["evaluate"]["max_new_tokens"] == 6
+    assert "evaluate.max_new_tokens: 6 -> 8" in tried.python("stages.params", "--strict", exits=1)
 
 
 def test_another_model_and_method_in_a_queued_experiment(project, tmp_path):
@@ -159,11 +156,11 @@ def test_another_model_and_method_in_a_queued_experiment(project, tmp_path):
     assert "perplexity_float" in shown["metrics"]["metrics/quality.json"]
 
 
-def test_rounding_to_nearest_in_a_temporary_copy_leaves_the_workspace_alone(project):
-    output = project.dvc("exp", "run", "--temp", "--name", "rounded", "-S", "quantize=rtn")
-    assert in_order(stages_that_ran(output)) == [s for s in ALL if s not in ("fetch", "prepare")]
-    assert project.git("status", "--short") == ""
-    assert params_of_experiment(project, "rounded")["quantize"]["method"] == "rtn"
+def test_an_experiment_in_a_temporary_copy_leaves_the_workspace_alone(with_experiment):
+    assert stages_that_ran(with_experiment.log.read_text()) == ["evaluate", "report"]
+    assert with_experiment.git("status", "--short") == ""
+    tried = params_of_experiment(with_experiment, "shorter")
+    assert tried["evaluate"]["max_new_tokens"] == 6
 
 
 def test_a_broken_row_stops_prepare_with_its_line_and_leaves_no_result(project):
@@ -196,11 +193,6 @@ def test_a_group_size_that_does_not_divide_stops_quantize(project):
     assert not (project.root / "models/quantized").exists()
 
 
-def test_two_runs_from_clean_give_the_same_lock(finished, fresh):
-    fresh.dvc("repro")
-    assert untimed(fresh) == untimed(finished)
-
-
 def untimed(project: Project) -> dict:
     """Return dvc.lock's stages without what it says of timings, and of the reports made of them."""
     stages = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
@@ -231,7 +223,7 @@ def test_killing_dvc_kills_the_stage_and_what_it_started(tmp_path, shell):
     wait_until(lambda: not is_alive(stage) and not is_alive(child))
 
 
-def test_twenty_kills_at_random_moments_lose_nothing(finished, fresh):
+def test_a_run_from_clean_with_twenty_kills_gives_the_lock_of_an_undisturbed_one(finished, fresh):
     """Moments are drawn in seconds of CPU time, so that a busy machine draws them no earlier."""
     dice = random.Random(20)
     for _ in range(20):

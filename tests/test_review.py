@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT, Project
+from conftest import ROOT
 
 from lab.review import command
 from lab.review.changes import Metric
@@ -132,32 +132,13 @@ def test_a_review_that_cannot_start_leaves_its_error_on_the_page(tmp_path):
     assert (tmp_path / "summary").read_text() == page
 
 
-@pytest.fixture(scope="session")
-def two_commits(once, finished) -> Project:
-    """Two commits that differ in one parameter. Only read it."""
-
-    def change(root) -> None:
-        project = finished.copy(root)
-        project.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 4")
-        project.dvc("repro")
-        project.commit()
-
-    return Project(once("two_commits", change))
-
-
-@pytest.fixture
-def changed(two_commits, tmp_path) -> Project:
-    """A test's own copy of the two commits."""
-    return two_commits.copy(tmp_path / "changed")
-
-
 @pytest.mark.slow
 def test_the_page_says_what_changed_and_needs_no_network(changed, tmp_path):
     page = tmp_path / "review.html"
     text = changed.python("lab.cli", "review", "HEAD~1", "--html", str(page))
-    assert "| `finetune.max_steps` | 2 | 4 |" in text
-    assert "| finetune | yes |" in text
-    assert "| quantize |  |" in text
+    assert "| `evaluate.max_new_tokens` | 8 | 6 |" in text
+    assert "| evaluate | yes |" in text
+    assert "| finetune |  |" in text
     html = page.read_text()
     assert html.count("vegaEmbed(") == 3
     assert 'src="http' not in html
