@@ -18,7 +18,14 @@ from stages.errors import UserError
 from stages.passes import awq
 from stages.passes.awq import Awq
 from stages.passes.awq_search import Grid, output_error, search_scales
-from stages.passes.compensation import compensate, inverse_factor, round_block, round_columns
+from stages.passes.compensation import (
+    Factor,
+    compensate,
+    factorize,
+    inverse_factor,
+    round_block,
+    round_columns,
+)
 from stages.quantize import check_group_size
 from stages.random_model import train_tokenizer
 
@@ -136,7 +143,7 @@ def test_olive_packs_the_very_integers_that_were_chosen(symmetric):
 
     weight, inputs = planted()
     grid = Grid(4, symmetric, 32)
-    rounded = compensate(weight, inverse_factor(inputs.T @ inputs), grid)
+    rounded = compensate(weight, factorize(inputs.T @ inputs, 32), grid)
     linear = torch.nn.Linear(128, 64, bias=False)
     linear.weight.data = rounded.weight
     module = QuantLinear.from_module(linear, 4, symmetric, 32, rounded.steps, rounded.zeros)
@@ -167,9 +174,23 @@ def test_scales_beat_rounding_where_one_weight_meets_large_inputs():
 def test_compensation_lowers_the_error_of_the_output_below_that_of_rounding():
     weight, inputs = planted()
     gram = inputs.T @ inputs
-    rounded = compensate(weight, inverse_factor(gram), GRID)
+    rounded = compensate(weight, factorize(gram, 32), GRID)
     plain = output_error(GRID.round(weight) - weight, gram)
     assert output_error(rounded.weight - weight, gram) < 0.6 * plain
+
+
+def test_columns_with_large_inputs_come_first_and_groups_stay_whole():
+    weight, inputs = planted()
+    inputs[:, 70] *= 200
+    gram = inputs.T @ inputs
+    factor = factorize(gram, 32)
+    assert factor.order[0] == 70
+    assert set(factor.order[:32].tolist()) == set(range(64, 96))
+    in_line = Factor(torch.arange(128), inverse_factor(gram))
+    ordered, plain = (
+        output_error(compensate(weight, f, GRID).weight - weight, gram) for f in (factor, in_line)
+    )
+    assert ordered < plain
 
 
 def test_the_gram_matrix_gives_the_error_of_the_output():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from stages.architecture import LinearGroup, linear_groups
 from stages.hardware import device, fast_dtype
 from stages.passes.awq_search import Grid, search_scales
-from stages.passes.compensation import compensate, inverse_factor
+from stages.passes.compensation import compensate, factorize
 
 BATCH = 8  # sequences that run through a layer together
 
@@ -87,7 +87,7 @@ def balance(group: LinearGroup, gram: torch.Tensor, config) -> torch.Tensor:
 
 def round_and_pack(layer: nn.Module, group: LinearGroup, gram: torch.Tensor) -> None:
     """Replace a group's linears by Olive's packed ones, which hold the integers chosen here."""
-    factor = inverse_factor(gram)
+    factor = factorize(gram, grid_of(group.consumers[0]).group_size)
     names = {module: name for name, module in layer.named_modules()}
     for linear in group.consumers:
         grid = grid_of(linear)

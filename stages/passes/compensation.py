@@ -2,7 +2,8 @@
 
 For the Gram matrix H, [in, in], of a linear's inputs and the upper Cholesky factor U of H⁻¹ = UᵀU, rounding
 column j of W, [out, in], by an error e costs at least e²/U[j,j]² in the output once the later columns make up
-for it: w[k] -= e·U[j,k]/U[j,j] for k > j. Columns are worked through in blocks of one quantization group.
+for it: w[k] -= e·U[j,k]/U[j,j] for k > j. Columns are worked through in blocks of one quantization group,
+those with the largest inputs first: the errors end up where they weigh least.
 """
 
 from __future__ import annotations
@@ -27,6 +28,27 @@ class Rounded:
     zeros: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Factor:
+    """The order in which a weight's columns are rounded, [in], and U, [in, in], of H in that order."""
+
+    order: torch.Tensor
+    upper: torch.Tensor
+
+
+def factorize(gram: torch.Tensor, group_size: int) -> Factor:
+    """Return the order of columns and its factor for a Gram matrix, [in, in].
+
+    Quantization groups stay whole, so that the packed layout does not change; the group with the largest
+    input comes first, and in each group the column with the largest one.
+    """
+    size = gram.diagonal().view(-1, group_size)
+    groups = size.amax(1).argsort(dim=0, descending=True, stable=True)
+    within = size.argsort(dim=1, descending=True, stable=True)
+    order = (groups[:, None] * group_size + within[groups]).flatten()
+    return Factor(order, inverse_factor(gram[order][:, order]))
+
+
 def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     """Return U, upper triangular with H⁻¹ = UᵀU, for a Gram matrix H, [in, in], in float32."""
     mean = gram.diagonal().mean()
@@ -36,19 +58,22 @@ def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-def compensate(weight: torch.Tensor, factor: torch.Tensor, grid: Grid) -> Rounded:
-    """Round a weight, [out, in], by the factor U of its inputs; the inputs' scale does not matter."""
-    rest = weight.T.contiguous()  # a column is a row here: contiguous in memory
+def compensate(weight: torch.Tensor, factor: Factor, grid: Grid) -> Rounded:
+    """Round a weight, [out, in], by the factor of its inputs; the inputs' scale does not matter."""
+    order, upper = factor.order, factor.upper
+    rest = weight.T[order]  # a column is a row here: contiguous in memory
     rounded, steps, zeros = torch.empty_like(rest), [], []
     for start in range(0, len(rest), grid.group_size):
         here, later = slice(start, start + grid.group_size), slice(start + grid.group_size, None)
-        block, upper = rest[here], factor[here, here]
-        step, zero = find_range(block, upper.diagonal()[:, None] ** -2, grid)
-        rounded[here], error = round_block(block, upper, step, zero, grid.top)
-        rest[later] -= factor[here, later].T @ error
+        block, corner = rest[here], upper[here, here]
+        step, zero = find_range(block, corner.diagonal()[:, None] ** -2, grid)
+        rounded[here], error = round_block(block, corner, step, zero, grid.top)
+        rest[later] -= upper[here, later].T @ error
         steps.append(step)
         zeros.append(zero)
-    return Rounded(rounded.T.contiguous(), torch.stack(steps, 1), torch.stack(zeros, 1))
+    back, groups = order.argsort(), (order[:: grid.group_size] // grid.group_size).argsort()
+    steps, zeros = torch.stack(steps, 1)[:, groups], torch.stack(zeros, 1)[:, groups]
+    return Rounded(rounded[back].T.contiguous(), steps, zeros)
 
 
 def find_range(block: torch.Tensor, cost: torch.Tensor, grid: Grid):
