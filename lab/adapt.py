@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from stages.adapt import convert
+from stages.adapt import convert, read_config
 from stages.errors import UserError
 from stages.running import in_megabytes, size_of, written_beside
 
@@ -34,5 +34,6 @@ def adapt(
         )
     with written_beside(target) as beside:
         inputs = convert(peft, model, beside)
-    print(f"{target} ({in_megabytes(size_of(target))}, {inputs} inputs)")
+    base = read_config(peft).get("base_model_name_or_path")
+    print(f"{target} ({in_megabytes(size_of(target))}, {inputs} inputs, trained on {base})")
     print(f"lab chat --model {model} --adapter {peft.resolve().name}={target}")

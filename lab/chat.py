@@ -48,6 +48,8 @@ def chat(
         check_question(question)
     for stream in (sys.stdout, sys.stderr):  # a terminal without emoji shows a ? instead
         stream.reconfigure(errors="replace")
+    if no_adapter and adapter:
+        raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
     adapters = {} if no_adapter else parse_adapters(adapter)
     onnx = Speaker(model, adapters)
     opening: Messages = [{"role": "system", "content": system}] if system else []
@@ -75,6 +77,8 @@ def parse_adapters(given: list[str] | None) -> dict[str, Path]:
         name, _, path = word.partition("=")
         if not (name and path):
             raise UserError(f"--adapter {word}: must be NAME=PATH, such as travel={TRAINED}")
+        if name in adapters:
+            raise UserError(f"--adapter {word}: {name} is given twice: choose another name")
         adapters[name] = Path(path)
     return adapters
 

@@ -39,8 +39,8 @@ def evaluate(settings: Settings) -> str:
     options = settings.evaluate
     tokenizer = load_tokenizer(ONNX)
     rows = sample(read_rows(TEST), options)
-    write_json(SPEED, speed(tokenizer, rows, options))
     predictions = [tokenize(tokenizer, row) for row in rows]
+    write_json(SPEED, speed(predictions, options))
     long_prompt = long_prompt_of(tokenizer, options)
     answer(OnnxModel(ONNX), "base", None, predictions, options)
     tuned = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE})
@@ -64,11 +64,11 @@ def sample(rows: list[Row], options: Evaluate) -> list[Row]:
     return drawn
 
 
-def speed(tokenizer, rows: list[Row], options: Evaluate) -> dict[str, float]:
+def speed(predictions: list[Row], options: Evaluate) -> dict[str, float]:
     """Return speed and memory at a fixed prompt and answer length; those without adapter end in _base."""
     job = options.speed.model_dump()
     length = job.pop("prompt_tokens")
-    text = [token for row in rows for token in prompt_ids(tokenizer, row)]
+    text = [token for prediction in predictions for token in prediction["prompt"]]
     prompt = (text * math.ceil(length / len(text)))[:length]
     return {
         name + suffix: value

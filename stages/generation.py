@@ -41,6 +41,7 @@ def open_model(folder: Path, graph: str) -> og.Model:
     """Load one of a folder's graphs. Raises `UserError` where it cannot run on this machine."""
     if not (folder / "genai_config.json").is_file() or not (folder / graph).is_file():
         raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
+    refuse_links(folder)
     decoder = {"filename": graph, "session_options": {"intra_op_num_threads": cores()}}
     try:
         config = og.Config(str(folder))
@@ -49,6 +50,16 @@ def open_model(folder: Path, graph: str) -> og.Model:
     except Exception as error:  # the binding raises plain Exception
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} cannot run on this machine: {reason}") from None
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise `UserError` where files are links, as some values of DVC's cache.type make them."""
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() or (file.is_file() and file.stat().st_nlink > 1):
+            raise UserError(
+                f"{file} is a link, which ONNX Runtime refuses to read: "
+                "`dvc config --local cache.type reflink,copy`, then `dvc checkout --relink`"
+            )
 
 
 def read_limits(folder: Path) -> dict[str, int | None]:

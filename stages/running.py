@@ -110,11 +110,20 @@ def written_beside(target: str | Path) -> Iterator[Path]:
     _remove(beside)
     try:
         yield beside
+        share(beside)
         if beside.is_dir() or target.is_dir():  # only a file takes another file's place in one step
             _remove(target)
         beside.replace(target)
     finally:
         _remove(beside)
+
+
+def share(path: Path) -> None:
+    """Give files the mode that this user's files have: safetensors writes files that nobody else can read."""
+    os.umask(mask := os.umask(0o077))  # it can only be read by setting it
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def _remove(path: Path) -> None:

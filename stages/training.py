@@ -39,6 +39,7 @@ from stages.running import (
     written_beside,
 )
 from stages.settings import Finetune
+from stages.shared_opening import share_opening
 
 QUANTIZED = Path("models/quantized")
 PREPARED = Path("data/prepared")
@@ -196,11 +197,13 @@ class AnswerTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross entropy of the answers' tokens in one packed row, [1, tokens]."""
-        targets = inputs.pop("labels")[0, 1:]
-        self.tokens_seen += len(targets) + 1 if model.training else 0
-        kept = (targets != -100).nonzero()[:, 0]
+        self.tokens_seen += inputs["labels"].numel() if model.training else 0
         if device() == "cuda":
             inputs |= boundaries(inputs["position_ids"])
+        else:
+            inputs = share_opening(inputs, model.config)
+        targets = inputs.pop("labels")[0, 1:]
+        kept = (targets != NOT_LEARNED).nonzero()[:, 0]
         outputs = model(**inputs, use_cache=False, logits_to_keep=kept)
         total = cross_entropy(outputs.logits[0].float(), targets[kept], reduction="sum")
         loss = total / (len(kept) if num_items_in_batch is None else num_items_in_batch)

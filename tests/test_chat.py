@@ -68,6 +68,8 @@ def test_a_conversation_takes_commands_until_it_ends(lab):
             "lab: --adapter no-path: must be NAME=PATH, such as travel=",
         ),
         (("--adapter", "x=nowhere", "hi"), "lab: adapter x: nowhere does not exist"),
+        (("--adapter", "x=a", "--adapter", "x=b", "hi"), "lab: --adapter x=b: x is given twice"),
+        (("--adapter", "x=a", "--no-adapter", "hi"), "lab: --no-adapter and --adapter x=a exclude"),
         (("--model", "nowhere", "hi"), "lab: nowhere holds no ONNX model"),
     ],
 )

@@ -65,3 +65,13 @@ def test_no_metrics_file_ever_holds_nan(tmp_path, value):
     with pytest.raises(UserError, match=r"quality\.json: scores\.1 is not a finite number"):
         write_json(target, {"scores": [1.0, value]})
     assert not target.exists()
+
+
+def test_what_a_stage_made_can_be_read_by_those_who_may_read_the_users_files(tmp_path):
+    """safetensors makes its files private, and a shared cache would keep them so."""
+    (tmp_path / "usual").touch()
+    with written_beside(tmp_path / "made") as folder:
+        folder.mkdir()
+        (folder / "model.safetensors").touch(mode=0o600)
+    made = (tmp_path / "made/model.safetensors").stat().st_mode
+    assert made == (tmp_path / "usual").stat().st_mode

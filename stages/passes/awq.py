@@ -109,7 +109,7 @@ def layer_arguments(model: nn.Module, tokens: torch.Tensor) -> list[dict]:
     """Return what every layer gets beside the hidden states: masks (sliding windows differ), rotations.
 
     `tokens` is one full sequence, [1, length]; its arguments serve every batch of that length. The layers
-    themselves are skipped.
+    themselves are skipped. Embedded in float32, it gets rotations that are not rounded to bfloat16.
     """
     seen: list[dict] = []
 
@@ -119,7 +119,7 @@ def layer_arguments(model: nn.Module, tokens: torch.Tensor) -> list[dict]:
 
     for layer in model.model.layers:
         layer.forward = skip
-    model.model(tokens, use_cache=False)
+    model.model(inputs_embeds=model.model.embed_tokens(tokens).float(), use_cache=False)
     for layer in model.model.layers:
         del layer.forward
     return [{name: on_device(value) for name, value in given.items()} for given in seen]
