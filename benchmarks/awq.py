@@ -60,11 +60,11 @@ def main() -> None:
 
 def write_tokens(folder: Path, sequences: int | None) -> None:
     """Write the calibration set and the held-out text as the quantize stage draws them."""
-    from stages.quantize import calibration_set, validation_text
+    from stages.quantize import calibration_set, heldout_prose
 
     options = load().quantize
     calibration = calibration_set(options)[:sequences].clone()
-    tokens = {"calibration": calibration, "validation": validation_text(options)}
+    tokens = {"calibration": calibration, "validation": heldout_prose(options)}
     save_file(tokens, folder / "tokens.safetensors")
 
 

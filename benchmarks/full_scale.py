@@ -22,8 +22,7 @@ from transformers import AutoConfig
 
 from benchmarks.machine import ROOT, keep
 from benchmarks.workplace import run_stage, write_params
-from stages.chats import answer_ids, prompt_ids
-from stages.checkpoint import load_tokenizer
+from stages.chats import answer_ids, load_tokenizer, prompt_ids
 from stages.running import read_json
 
 TOKENS_A_ROW, ROWS_A_STEP, STEPS = 1024, 4, 100

@@ -22,8 +22,8 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import ROOT, keep
-from stages.chats import answer_ids, prompt_ids, read_rows
-from stages.checkpoint import load_dequantized, load_tokenizer
+from stages.chats import answer_ids, load_tokenizer, prompt_ids, read_rows
+from stages.checkpoint import load_dequantized
 from stages.running import read_json
 from stages.settings import load
 

@@ -14,7 +14,6 @@ from typing import Annotated
 
 import typer
 
-from stages.adapt import convert, read_config
 from stages.errors import UserError
 from stages.running import in_megabytes, size_of, written_beside
 
@@ -27,6 +26,8 @@ def adapt(
     model: Annotated[Path, typer.Option(help="The ONNX model's folder.")] = Path("models/onnx"),
 ) -> None:
     """Convert a PEFT adapter for the ONNX model, or say in one line why that cannot be."""
+    from stages.adapt import convert, read_config  # a second that other lab commands need not wait
+
     target = out or peft.with_name(f"{peft.resolve().name}.onnx_adapter")
     if target.is_dir():
         raise UserError(

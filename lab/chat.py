@@ -15,10 +15,7 @@ from typing import Annotated
 import typer
 
 from lab.text_stream import TextStream
-from stages.chats import prompt_ids
-from stages.checkpoint import load_tokenizer
 from stages.errors import UserError
-from stages.generation import OnnxModel
 
 TRAINED = "models/onnx_adapter/adapter.onnx_adapter"
 DEFAULT = "adapter"
@@ -87,6 +84,11 @@ class Speaker:
     """An ONNX model with the tokenizer and the chat template that training used."""
 
     def __init__(self, folder: Path, adapters: dict[str, Path]):
+        # imported here, as they take seconds, and every lab command loads this module
+        from stages.chats import load_tokenizer, prompt_ids
+        from stages.generation import OnnxModel
+
+        self.prompt_ids = prompt_ids
         self.model = OnnxModel(folder, adapters)
         self.tokenizer = load_tokenizer(folder)
 
@@ -94,7 +96,7 @@ class Speaker:
         """Stream the answer to the terminal and return it; the whole conversation is read anew, so that no
         adapter ever goes on with keys and values of another."""
         row = {"messages": [*messages, {"role": "assistant", "content": ""}]}
-        prompt = prompt_ids(self.tokenizer, row)
+        prompt = self.prompt_ids(self.tokenizer, row)
         stream, token = TextStream(self.tokenizer), None
         for token in self.model.stream(prompt, max_new_tokens, adapter):
             if token not in self.model.ends:

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from stages.errors import UserError
-from stages.passes.lora_graph import BASE_MODULES, FUSED, load_graph, lora_inputs
+from stages.lora_inputs import BASE_MODULES, FUSED, load_graph, lora_inputs
 from stages.running import in_megabytes, run, size_of, written_beside
 from stages.settings import Settings
 
@@ -37,19 +36,43 @@ NOT_LORA = {
     "bias": "biases",
     "": "whole matrices (modules_to_save)",
 }
-# options of PEFT's under which the same tensors mean something else
-OTHER_METHODS = {
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
+# options of PEFT's that the tensors themselves show, or that only training reads; any other that is set
+# may mean that the same tensors are used in another way
+UNDERSTOOD = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "trainable_token_indices",
+    "use_rslora",
+    "velora_config",
 }
-
 # how A and B may begin; every other way changes the base's weights too, which are not in the adapter
 INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -132,7 +155,7 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{path}: peft_type is {kind}: must be LORA")
     check_initialisation(config, path)
     for key, value in config.items():
-        if value and (key in OTHER_METHODS or key not in LoraConfig.__dataclass_fields__):
+        if value and key not in UNDERSTOOD:
             raise UserError(
                 f"{path}: {key} is set, and only plain LoRA can be an input of the graph: "
                 "merge the adapter into the base model, or train without"
@@ -192,9 +215,15 @@ def check_names(tensors: dict[str, np.ndarray], folder: Path) -> None:
 def rank_and_scaling(module: str, config: dict) -> tuple[int, float]:
     """Return a module's rank, and alpha / rank or alpha / √rank; patterns may give it values of its own."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(ranks, module), config["r"])
-    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    rank = matching(ranks, module, config["r"])
+    alpha = matching(alphas, module, config["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def matching(patterns: dict[str, float], module: str, otherwise: float) -> float:
+    """Return the value of the first pattern that is the end of a module's name, as PEFT looks it up."""
+    fits = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
+    return next(fits, otherwise)
 
 
 def check_modules(modules: dict[str, Pair], known: list[str], onnx: Path) -> None:

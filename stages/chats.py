@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.errors import UserError
 
@@ -25,6 +24,11 @@ Row = dict[str, Any]
 Messages = list[dict[str, str]]
 NOT_LEARNED = -100  # the label that cross entropy leaves out
 PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning of their own
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; no remote code."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -173,8 +177,8 @@ def first_control(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> int 
 
 def sequences(
     tokenizer: PreTrainedTokenizerBase, rows: list[Row], count: int, length: int
-) -> torch.Tensor:
-    """Pack whole chats end to end into at most `count` rows of `length` tokens, [sequences, length]."""
+) -> list[list[int]]:
+    """Pack whole chats end to end into at most `count` rows of `length` tokens."""
     stream: list[int] = []
     for row in rows:
         stream += prompt_ids(tokenizer, row) + answer_ids(tokenizer, row)
@@ -186,4 +190,4 @@ def sequences(
             f"{len(stream)} tokens of data do not fill one sequence of {length}: "
             "lower quantize.calibration_length or bring more data"
         )
-    return torch.tensor(stream[: count * length]).view(count, length)
+    return [stream[number * length : (number + 1) * length] for number in range(count)]

@@ -12,21 +12,10 @@ import torch
 from olive.common.quant.hf_utils import OliveHfQuantizationConfig
 from olive.common.quant.utils import WeightQuantizer, unpack_from_uint8
 from safetensors.torch import load_file
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from stages.errors import UserError
 from stages.hardware import device
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; no remote code."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_float(folder: str | Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

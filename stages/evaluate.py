@@ -18,8 +18,15 @@ from typing import Any
 from tqdm import tqdm
 
 from stages import parity, scores, summary
-from stages.chats import Row, answer_ids, prompt_ids, question_of, read_rows, reference_of
-from stages.checkpoint import load_tokenizer
+from stages.chats import (
+    Row,
+    answer_ids,
+    load_tokenizer,
+    prompt_ids,
+    question_of,
+    read_rows,
+    reference_of,
+)
 from stages.decode_speed import measure_in_own_process
 from stages.generation import OnnxModel
 from stages.running import run, size_of, write_json, written_beside

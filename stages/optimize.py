@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.export import export
-from stages.passes.lora_graph import load_graph, lora_inputs
+from stages.lora_inputs import load_graph, lora_inputs
 from stages.running import in_megabytes, quietly, run, size_of, written_beside
 from stages.settings import Settings
 

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import AutoConfig, set_seed
 
 from stages.architecture import check_family, projections
-from stages.chats import read_rows, sequences
-from stages.checkpoint import empty_model, load_dequantized, load_float, load_tokenizer
+from stages.chats import load_tokenizer, read_rows, sequences
+from stages.checkpoint import empty_model, load_dequantized, load_float
 from stages.errors import UserError
 from stages.hardware import fast_dtype
 from stages.passes.awq import Awq
@@ -134,7 +134,7 @@ def calibration_set(options: Quantize) -> torch.Tensor:
     rows, length = read_rows(PREPARED / "calibration.jsonl"), options.calibration_length
     own = round(options.calibration_sequences * options.self_text_share)
     task = options.calibration_sequences - own
-    parts = [sequences(load_tokenizer(BASE), rows, task, length)] if task else []
+    parts = [torch.tensor(sequences(load_tokenizer(BASE), rows, task, length))] if task else []
     return torch.cat([*parts, self_text(own, length, options.seed)] if own else parts)
 
 
@@ -167,7 +167,8 @@ def task_text(options: Quantize) -> torch.Tensor:
     rows = read_rows(PREPARED / "validation.jsonl")
     unseen = [row for row in rows if row["kind"] == "transfer"] or rows
     count = max(1, options.perplexity_sequences // 3)
-    return sequences(load_tokenizer(BASE), unseen, count, options.calibration_length)
+    packed = sequences(load_tokenizer(BASE), unseen, count, options.calibration_length)
+    return torch.tensor(packed)
 
 
 def heldout_prose(options: Quantize) -> torch.Tensor:

@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig, SFTTrainer
 
-from stages.chats import NOT_LEARNED, Row, read_rows, training_tokens
-from stages.checkpoint import load_dequantized, load_packed, load_tokenizer
+from stages.chats import NOT_LEARNED, Row, load_tokenizer, read_rows, training_tokens
+from stages.checkpoint import load_dequantized, load_packed
 from stages.errors import UserError
 from stages.hardware import device, fast_dtype
 from stages.lora_product import fuse_products

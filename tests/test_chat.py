@@ -8,8 +8,7 @@ from conftest import ROOT
 from lab import chat
 from lab.text_stream import TextStream
 from stages import random_model
-from stages.chats import prompt_ids
-from stages.checkpoint import load_tokenizer
+from stages.chats import load_tokenizer, prompt_ids
 from stages.errors import UserError
 from stages.generation import OnnxModel
 

@@ -132,6 +132,6 @@ def test_sequences_are_whole_chats_end_to_end(chat_tokenizer):
     asked = row("the tram?", "stops.")
     chat = prompt_ids(chat_tokenizer, asked) + answer_ids(chat_tokenizer, asked)
     packed = sequences(chat_tokenizer, [asked] * 4, 2, len(chat))
-    assert packed.tolist() == [chat, chat]
+    assert packed == [chat, chat]
     with pytest.raises(UserError, match="do not fill one sequence"):
         sequences(chat_tokenizer, [asked], 2, 10_000)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from stages.errors import UserError
-from stages.passes.lora_graph import BASE_MODULES, FUSED
+from stages.lora_inputs import BASE_MODULES, FUSED
 
 Tensors = dict[str, torch.Tensor]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

@@ -22,17 +22,9 @@ from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
 from stages.errors import UserError
+from stages.lora_inputs import FUSED, LORA_GRAPH
 
-LORA_GRAPH = "lora.onnx"
-BASE_MODULES = (
-    "base_modules"  # a property of both graphs: what the base model's projections are called
-)
 PROJECTION = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+)/MatMul")
-# a projection that holds others, in PEFT's names
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 # operators that treat every token alike, so that [tokens, width] suits them as well as [batch, tokens, width]
 PER_TOKEN = {
     "Add",
@@ -71,21 +63,6 @@ class LoraGraph(Pass):
         add_inputs(graph.graph, config.target_modules, form)
         ir.save(graph, folder / LORA_GRAPH)
         return ONNXModelHandler(folder, onnx_file_name=source.name)
-
-
-def load_graph(folder: str | Path) -> ir.Model:
-    """Load a folder's lora.onnx without its weights. Raises `UserError` where there is none."""
-    path = Path(folder, LORA_GRAPH)
-    if not path.is_file():
-        raise UserError(
-            f"{folder} holds no {LORA_GRAPH}: run `dvc repro optimize` or `dvc pull` first"
-        )
-    return ir.load(path)
-
-
-def lora_inputs(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Return a graph's inputs A and B by name."""
-    return {value.name: value for value in graph.inputs if ".lora_" in value.name}
 
 
 def add_inputs(graph: ir.Graph, targets: list[str] | None, form: str) -> None:
