@@ -21,12 +21,12 @@ def damaged(project: Project) -> list[str]:
     return [n for path, n in names.items() if hashlib.md5(path.read_bytes()).hexdigest() != n]
 
 
-@pytest.mark.parametrize("kind", ["symlink", "hardlink"])
-def test_weights_behind_links_are_refused_in_one_line_with_the_way_out(project, kind):
-    relink(project, kind)
-    output = project.python("lab.cli", "chat", "hello", exits=1)
-    assert "is a link, which ONNX Runtime refuses to read" in output
-    assert len(output.splitlines()) == 1
+def test_weights_behind_links_are_refused_in_one_line_with_the_way_out(project):
+    for kind in ("symlink", "hardlink"):
+        relink(project, kind)
+        output = project.python("lab.cli", "chat", "hello", exits=1)
+        assert "is a link, which ONNX Runtime refuses to read" in output
+        assert len(output.splitlines()) == 1
     relink(project, "reflink,copy")
     assert project.python("lab.cli", "chat", "--max-new-tokens", "2", "hello")
 

@@ -1,6 +1,7 @@
-"""The finetune stage on the tiny model: killed, in several processes, on packed weights."""
+"""The finetune stage on the tiny model: killed, resumed, on packed weights."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,33 +14,36 @@ from stages.checkpoint import load_dequantized, load_packed
 
 pytestmark = pytest.mark.slow
 ADAPTER = "models/adapter/adapter_model.safetensors"
+CHECKPOINTS = "models/.finetune"
 
 
 def train(project: Project) -> str:
     return project.python("stages.finetune")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_adapter(project, tmp_path):
+@pytest.fixture(scope="module")
+def killed(finished, tmp_path_factory) -> Project:
+    """A clone in which training was killed after its second checkpoint. Only read it."""
+    project = finished.copy(tmp_path_factory.mktemp("killed") / "project")
     project.replace("params.yaml", "max_steps: 2", "max_steps: 40")
-    undisturbed = project.copy(tmp_path / "undisturbed")
-    killed = project.start(sys.executable, "-m", "stages.finetune", stdout=subprocess.DEVNULL)
-    checkpoints = project.root / "models/.finetune"
-    wait_until(lambda: list(checkpoints.glob("checkpoint-[2-9]")))
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert checkpoints.exists()
-    assert "goes on from step" in train(project)
-    assert "goes on" not in train(undisturbed)
-    assert (project.root / ADAPTER).read_bytes() == (undisturbed.root / ADAPTER).read_bytes()
-    assert not checkpoints.exists()
-
-
-def test_other_settings_do_not_go_on_from_a_checkpoint_of_these(project):
-    project.replace("params.yaml", "max_steps: 2", "max_steps: 40")
-    killed = project.start(sys.executable, "-m", "stages.finetune", stdout=subprocess.DEVNULL)
+    training = project.start(sys.executable, "-m", "stages.finetune", stdout=subprocess.DEVNULL)
     wait_until(lambda: list(project.root.glob("models/.finetune/checkpoint-[2-9]")))
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    os.kill(training.pid, signal.SIGKILL)
+    training.wait()
+    return project
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_adapter(killed, tmp_path):
+    resumed, undisturbed = (killed.copy(tmp_path / name) for name in ("resumed", "undisturbed"))
+    shutil.rmtree(undisturbed.root / CHECKPOINTS)
+    assert "goes on from step" in train(resumed)
+    assert "goes on" not in train(undisturbed)
+    assert (resumed.root / ADAPTER).read_bytes() == (undisturbed.root / ADAPTER).read_bytes()
+    assert not (resumed.root / CHECKPOINTS).exists()
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint_of_these(killed, tmp_path):
+    project = killed.copy(tmp_path / "project")
     project.replace("params.yaml", "max_steps: 40", "max_steps: 4")
     assert "goes on" not in train(project)
 
