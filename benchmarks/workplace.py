@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from stages.running import read_json
 
 
 def write_params(folder: Path, *overrides: str) -> None:
-    """Compose conf/ with overrides into the folder's params.yaml."""
+    """Compose conf/ with overrides into the folder's params.yaml; a copy of conf/ says that it is current."""
+    shutil.copytree(ROOT / "conf", folder / "conf", dirs_exist_ok=True)
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         composed = compose("config", overrides=list(overrides))
     OmegaConf.resolve(composed)

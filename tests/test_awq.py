@@ -219,15 +219,13 @@ def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_graph_rounds_as_the_loop_does():
-    _, inputs = planted()
-    factor = inverse_factor(inputs.T @ inputs)[:32, :32].cuda()
-    for seed in range(3):  # the second and third replay what the first recorded
-        torch.manual_seed(seed)
-        block = torch.randn(32, 64, device="cuda")
+def test_the_kernel_rounds_as_the_loop_does():
+    for width, rows in ((32, 64), (64, 75), (128, 1000)):  # rows that fill no tile, too
+        torch.manual_seed(rows)
+        inputs = torch.randn(512, width) * torch.rand(width) * 3
+        upper, block = inverse_factor(inputs.T @ inputs).cuda(), torch.randn(width, rows).cuda()
         step, zero = GRID.range(block.amin(0), block.amax(0))
-        expected = round_columns(block.clone(), factor, step, zero, GRID.top)
-        for ours, theirs in zip(
-            round_block(block, factor, step, zero, GRID.top), expected, strict=True
-        ):
-            torch.testing.assert_close(ours, theirs)
+        expected, _ = round_columns(block.clone(), upper, step, zero, GRID.top)
+        rounded, _ = round_block(block, upper, step, zero, GRID.top)
+        # a last digit may tip a weight halfway between two integers, and with it the rest of its row
+        assert (rounded != expected).any(0).float().mean() < 0.02

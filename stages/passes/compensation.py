@@ -92,9 +92,15 @@ def find_range(block: torch.Tensor, cost: torch.Tensor, grid: Grid):
 
 
 def round_block(block, upper, step, zero, top: int):
-    """Return one group rounded and its errors for the columns behind it, [group_size, out] both."""
+    """Return one group rounded and its errors for the columns behind it, [group_size, out] both.
+
+    On CUDA one kernel does it: launched one by one, the small kernels of the loop wait for Python.
+    """
     if block.is_cuda:
-        return GRAPHS.round_block(block, upper, step, zero, top)
+        # Triton comes with the CUDA builds of torch only
+        from stages.passes.compensation_kernel import round_columns_at_once
+
+        return round_columns_at_once(block, upper, step, zero, top)
     return round_columns(block.clone(), upper, step, zero, top)
 
 
@@ -107,38 +113,3 @@ def round_columns(block, upper, step, zero, top: int):
         error[j] = (block[j] - column) / upper[j, j]
         block[j:].addr_(upper[j, j:], error[j], alpha=-1)
     return rounded, error
-
-
-class Graphs:
-    """`round_columns` as one CUDA graph per shape: launched one by one, its small kernels wait for Python."""
-
-    def __init__(self) -> None:
-        self.captured: dict[tuple, tuple] = {}
-
-    def round_block(self, block, upper, step, zero, top: int):
-        """Copy the inputs to where the graph reads them, and replay it."""
-        inputs, key = (block, upper, step, zero), (block.shape, block.device, top)
-        if key not in self.captured:
-            self.captured[key] = self.capture(inputs, top)
-        graph, static, outputs = self.captured[key]
-        for target, source in zip(static, inputs, strict=True):
-            target.copy_(source)
-        graph.replay()
-        return tuple(output.clone() for output in outputs)
-
-    @staticmethod
-    def capture(inputs: tuple, top: int) -> tuple:
-        """Record the graph, after a first run on a side stream as CUDA asks for."""
-        static = [tensor.clone() for tensor in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            round_columns(static[0].clone(), *static[1:], top)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = round_columns(static[0].clone(), *static[1:], top)
-        return graph, static, outputs
-
-
-GRAPHS = Graphs()
