@@ -35,6 +35,11 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest test first: else one worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
 @dataclass(frozen=True)
 class Project:
     """A clone with a git repository, a DVC cache and DVC settings of its own."""
