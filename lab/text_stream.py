@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # only its name is needed, and it takes a second
+    from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = (
     "\N{REPLACEMENT CHARACTER}"  # how a tokenizer writes a character whose bytes have not all come
