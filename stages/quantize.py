@@ -20,6 +20,7 @@ from olive.passes.olive_pass import create_pass_from_dict
 from olive.passes.pytorch.rtn import Rtn
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoConfig, set_seed
 
 from stages.architecture import check_family, projections
@@ -37,6 +38,7 @@ PREPARED = Path("data/prepared")
 QUANTIZED = Path("models/quantized")
 HELDOUT = Path("data/heldout.txt")
 METRICS = Path("metrics/raw/quantize.json")
+PIECES = 64  # more fill a GPU's memory with keys and values
 SMALLEST_GROUP = 16  # of the kernels that run the graph
 
 
@@ -143,23 +145,18 @@ def self_text(count: int, length: int, seed: int) -> torch.Tensor:
     """Return text sampled from the float model at temperature 1, [count, length].
 
     A sequence is four pieces that each begin with a token drawn at random, so that no two are alike
-    (LLM-QAT, arXiv:2305.17888), and many are written at once.
+    (LLM-QAT, arXiv:2305.17888), and PIECES are written at once.
     """
     model = load_float(BASE, fast_dtype())
     set_seed(seed)
     first = torch.randint(model.config.vocab_size, (4 * count, 1)).to(model.device)
-    written = model.generate(
-        first,
-        attention_mask=torch.ones_like(first),
-        min_new_tokens=length // 4 - 1,
-        max_new_tokens=length // 4 - 1,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=0,
-    )
-    return written.cpu().reshape(count, -1)
+    words = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+    words |= dict.fromkeys(("min_new_tokens", "max_new_tokens"), length // 4 - 1)
+    written = [
+        model.generate(part, attention_mask=torch.ones_like(part), **words).cpu()
+        for part in tqdm(first.split(PIECES), desc="the model's own text", unit="batch")
+    ]
+    return torch.cat(written).reshape(count, -1)
 
 
 def task_text(options: Quantize) -> torch.Tensor:
