@@ -14,7 +14,7 @@ import torch
 
 from stages.passes.awq_search import Grid
 
-DAMPING = 0.05  # of H's mean diagonal: keeps H⁻¹ tame where calibration saw few tokens
+DAMPING = 0.02  # of H's mean diagonal: keeps H⁻¹ tame where calibration saw few tokens
 # how far a group's lower and upper end shrink before rounding: clipping, judged by the cost above
 SHRINKS = [(1 - a / 20, 1 - b / 20) for a in range(7) for b in range(7) if abs(a - b) < 2]
 
