@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -140,12 +140,23 @@ def load() -> Remote:
             raise UserError(
                 f"the default remote is {found.fs.protocol}://, this command is for azure://"
             )
+        refuse_versions(repo.config["remote"][found.name])
         container, _, prefix = found.path.strip("/").partition("/")
         return Remote(container, prefix, found.fs.fs_args)
     except AuthError as error:
         raise UserError(f"{' '.join(str(error).split())} lab remote setup asks for it") from None
     except (DvcException, ValueError) as error:
         raise UserError(f"DVC has no usable remote: {' '.join(str(error).split())}") from None
+
+
+def refuse_versions(settings: Mapping[str, Any]) -> None:
+    """Raise for a remote that keeps files by their paths, in versions, not by their hashes."""
+    for option in ("version_aware", "worktree"):
+        if settings.get(option):
+            raise UserError(
+                f"the remote has {option} = true, with which no run cache is shared and no blob can be "
+                f"checked: `dvc remote modify --unset {NAME} {option}`"
+            )
 
 
 def configure(values: dict[str, str | None], *, local: bool) -> None:
@@ -198,14 +209,15 @@ def need_answer(url: str, remote: Remote) -> None:
     from urllib.parse import urlsplit
     from urllib.request import getproxies, proxy_bypass
 
-    target, proxies = urlsplit(url), getproxies()
+    target, proxies, way = urlsplit(url), getproxies(), ""
     proxy = proxies.get(target.scheme) or proxies.get("all")
     if proxy and not proxy_bypass(target.netloc):
+        way = f" (the proxy of {target.scheme.upper()}_PROXY; NO_PROXY={target.hostname} goes round it)"
         target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     port = target.port or {"https": 443}.get(target.scheme, 80)
     why = within(TIMEOUT, lambda: knock(target.hostname, port))
     if why != "":
-        raise UserError(why or f"{remote} does not answer: {CHECK_NETWORK}")
+        raise UserError((why or f"{remote} does not answer: {CHECK_NETWORK}") + way)
 
 
 def knock(host: str, port: int) -> str:
@@ -257,7 +269,8 @@ def explain(error: Exception, remote: Remote) -> str:
         ServiceResponseError,
     )
 
-    code = str(getattr(error, "error_code", None) or getattr(error, "reason", None) or "")
+    code = getattr(error, "error_code", None) or getattr(error, "reason", None) or ""
+    code = str(getattr(code, "value", code))  # an enumeration, where the library knows the code
     status = getattr(error, "status_code", None)
     if isinstance(error.__cause__, ServiceRequestError | ServiceResponseError):
         return f"Azure's sign-in does not answer: {CHECK_NETWORK}"
@@ -275,6 +288,11 @@ def explain(error: Exception, remote: Remote) -> str:
         )
     if isinstance(error, ValueError):
         return f"the {remote.sign_in} of {remote} cannot be read: lab remote setup takes another"
+    if code == "InvalidHeaderValue" and status == 400:
+        return (
+            f"{remote} does not know the protocol of this azure-storage-blob: an Azurite wants a newer "
+            "release, or --skipApiVersionCheck (make azurite gives it)"
+        )
     if isinstance(error, HttpResponseError) and status:
         return f"{remote} answers {status} {code}: {str(error).splitlines()[0]}"
     return f"{remote} does not answer: {CHECK_NETWORK}"

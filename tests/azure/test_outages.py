@@ -2,6 +2,7 @@
 
 import random
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -15,15 +16,17 @@ from blob_service import (
     account_sas,
     cloned,
     fault_limit,
+    free_port,
     lab,
     settings,
     start,
+    wait_until,
 )
 from conftest import output_of
 
 from lab import azurite as emulator
 from lab import dvc as lab_dvc
-from lab.remote import Remote, need_answer
+from lab.remote import NoContainer, Remote, need_answer
 from stages.errors import UserError
 
 pytestmark = pytest.mark.azure
@@ -183,3 +186,38 @@ def test_a_push_that_is_killed_again_and_again_ends_whole(laptop, container, lin
     container.connect(laptop)
     laptop.dvc("push", "--run-cache")
     assert "0 of them" in lab(laptop, "fsck", "--deep")
+
+
+def test_a_proxy_that_is_off_is_named_with_the_way_round_it(monkeypatch, dead_port):
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{dead_port}")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(
+        UserError, match=rf"127\.0\.0\.1:{dead_port} does not answer.*NO_PROXY=an.ac"
+    ):
+        need_answer("https://an.account.invalid/c", "the remote")
+
+
+def test_an_azurite_older_than_the_library_says_what_it_wants(program, tmp_path):
+    """Skips where the installed Azurite knows the library's protocol."""
+    port = free_port()
+    words = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(tmp_path)]
+    azurite = subprocess.Popen(["node", str(program), *words, "--silent"])
+    try:
+        wait_until(lambda: emulator.is_open(port), azurite)
+        there = Remote("c", "", {"connection_string": emulator.connection_string(port)})
+        with pytest.raises(UserError) as refusal:
+            there.check()
+    finally:
+        azurite.kill()
+    if isinstance(refusal.value, NoContainer):
+        pytest.skip("this Azurite is new enough")
+    assert "--skipApiVersionCheck (make azurite gives it)" in str(refusal.value)
+
+
+@pytest.mark.parametrize("option", ["version_aware", "worktree"])
+def test_a_remote_that_keeps_versions_is_refused(laptop, container, option):
+    key = {"connection_string": container.azurite.connection_string, option: "true"}
+    output = lab(container.connect(laptop, **key), "fsck", exits=1)
+    assert f"`dvc remote modify --unset azure {option}`" in output
