@@ -86,17 +86,21 @@ def balance(group: LinearGroup, gram: torch.Tensor, config) -> torch.Tensor:
 
 
 def round_and_pack(layer: nn.Module, group: LinearGroup, gram: torch.Tensor) -> None:
-    """Replace a group's linears by Olive's packed ones, which hold the integers chosen here."""
-    factor = factorize(gram, grid_of(group.consumers[0]).group_size)
+    """Replace a group's linears by Olive's packed ones, which hold the integers chosen here.
+
+    Linears of one grid are rounded together, as the rows of one weight.
+    """
     names = {module: name for name, module in layer.named_modules()}
-    for linear in group.consumers:
-        grid = grid_of(linear)
-        rounded = compensate(linear.weight.float(), factor, grid)
-        linear.weight.copy_(rounded.weight)
-        packed = QuantLinear.from_module(
-            linear, grid.bits, grid.symmetric, grid.group_size, rounded.steps, rounded.zeros
-        )
-        layer.set_submodule(names[linear], packed)
+    factor = factorize(gram, grid_of(group.consumers[0]).group_size)
+    for grid in dict.fromkeys(map(grid_of, group.consumers)):
+        linears = [linear for linear in group.consumers if grid_of(linear) == grid]
+        rounded = compensate(torch.cat([each.weight.float() for each in linears]), factor, grid)
+        for linear, chosen in zip(linears, rounded.split(linears), strict=True):
+            linear.weight.copy_(chosen.weight)
+            packed = QuantLinear.from_module(
+                linear, grid.bits, grid.symmetric, grid.group_size, chosen.steps, chosen.zeros
+            )
+            layer.set_submodule(names[linear], packed)
 
 
 def grid_of(linear: nn.Linear) -> Grid:

@@ -27,6 +27,12 @@ class Rounded:
     steps: torch.Tensor
     zeros: torch.Tensor
 
+    def split(self, linears: list[torch.nn.Linear]) -> list[Rounded]:
+        """Cut what was rounded together into each linear's own rows."""
+        rows = [linear.out_features for linear in linears]
+        parts = (part.split(rows) for part in (self.weight, self.steps, self.zeros))
+        return [Rounded(*part) for part in zip(*parts, strict=True)]
+
 
 @dataclass(frozen=True)
 class Factor:
