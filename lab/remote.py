@@ -276,7 +276,8 @@ def explain(error: Exception, remote: Remote) -> str:
         return f"Azure's sign-in does not answer: {CHECK_NETWORK}"
     if isinstance(error, ClientAuthenticationError) and status is None:
         return "not signed in to Azure: run `az login`, or choose another sign-in with lab remote setup"
-    if "PermissionMismatch" in code or code == "AuthorizationFailure":
+    knows_a_key = remote.sign_in in (SIGN_IN["connection_string"], SIGN_IN["account_key"])
+    if "PermissionMismatch" in code or (code == "AuthorizationFailure" and not knows_a_key):
         return (
             f"{remote} refuses this {remote.sign_in} (account {remote.account}) to write or read: it needs "
             "the role Storage Blob Data Contributor, or a SAS with racwdl"
