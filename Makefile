@@ -11,6 +11,8 @@ UPGRADE ?=
 
 BIN := .venv/bin
 STAMP := .venv/.setup-$(EXTRA)
+# Without pip's own compiling, which uses one core.
+INSTALL := $(BIN)/python -m pip install -q --no-compile
 LOCKS := requirements/$(EXTRA).txt requirements/azure.txt requirements/dev.txt
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -56,11 +58,12 @@ $(STAMP): pyproject.toml $(LOCKS) | check-extra
 	@$(BIN)/python -m pip install -q "$$(sed -n 's/^\(pip==[^ ]*\).*/\1/p' requirements/dev.txt)"
 	@torch="$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/$(EXTRA).txt)"; \
 	if [ "$(EXTRA)" = cpu ]; then \
-	  $(BIN)/python -m pip install -q --no-deps --retries 1 --timeout 5 --extra-index-url $(TORCH_CPU_INDEX) "$$torch"; \
+	  $(INSTALL) --no-deps --retries 1 --timeout 5 --extra-index-url $(TORCH_CPU_INDEX) "$$torch"; \
 	else \
-	  $(BIN)/python -m pip install -q --no-deps "$$(echo "$$torch" | sed 's/==/===/')"; \
+	  $(INSTALL) --no-deps "$$(echo "$$torch" | sed 's/==/===/')"; \
 	fi
-	@$(BIN)/python -m pip install -q $(addprefix -r ,$(LOCKS))
+	@$(INSTALL) $(addprefix -r ,$(LOCKS))
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # some packages hold templates that are no Python
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
