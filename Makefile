@@ -76,7 +76,7 @@ test: setup ## run the tests that need no Azure account and no GPU
 
 test-azure: setup ## run the tests of the Blob remote and its faults, on loopback (Node.js)
 	@$(BIN)/python -m lab.azurite install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal --durations 30 tests/azure $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist loadgroup --durations 30 tests/azure $(PYTEST_ARGS)
 
 test-azureml: setup ## run the tests of Azure ML: jobs, models, catalogue, on loopback (Node.js)
 	@$(BIN)/python -m lab.azurite install

@@ -9,6 +9,7 @@ that write random bytes; `test_machines.py` runs the real one on the tiny model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import select
 import shutil
@@ -335,11 +336,12 @@ def lab(project: Project, *words: str, exits: int = 0, soon: bool = False) -> st
     return output
 
 
+@functools.cache
 def fault_limit() -> float:
-    """Return the seconds that a fault may last: 10, and what a few Pythons take to start just now."""
+    """Return the seconds that a fault may last: 10, and what a few Pythons take to start here."""
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", "import lab.cli"], cwd=ROOT, check=True)
-    return 10 + 5 * (time.monotonic() - started)
+    return 10 + 8 * (time.monotonic() - started)
 
 
 def start(project: Project, *words: str) -> subprocess.Popen:

@@ -10,7 +10,13 @@ import yaml
 from blob_service import Container, Project, cloned, lab, new_container
 from conftest import stages_that_ran
 
-pytestmark = [pytest.mark.azure, pytest.mark.slow]
+# one worker for all of them: they share what takes longest
+pytestmark = [
+    pytest.mark.azure,
+    pytest.mark.slow,
+    pytest.mark.longest,
+    pytest.mark.xdist_group("machines"),
+]
 MORE_TRAINING = ["-S", "finetune.max_steps=3"]
 
 
