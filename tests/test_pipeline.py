@@ -1,8 +1,6 @@
 """The pipeline through real DVC, on the tiny model: what runs when, and what is left when it stops."""
 
 import json
-import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -44,7 +42,6 @@ OUTPUTS = [
     "metrics/predictions.md",
     "metrics/predictions.jsonl",
 ]
-TIMED = "metrics/speed"  # what dvc.lock says of files in there differs from run to run
 TINY_PHI3 = {
     "model_type": "phi3",
     "hidden_size": 64,
@@ -197,20 +194,6 @@ def test_a_group_size_that_does_not_divide_stops_quantize(project):
     assert not (project.root / "models/quantized").exists()
 
 
-def untimed(project: Project) -> dict:
-    """Return dvc.lock's stages without what it says of timings, and of the reports made of them."""
-    stages = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
-    reports = ("metrics/speed.json", "metrics/costs.json", "metrics/plots/tradeoff.json")
-    for stage in stages.values():
-        for kind in ("deps", "outs"):
-            stage[kind] = [
-                entry
-                for entry in stage.get(kind, [])
-                if not entry["path"].startswith((TIMED, *reports))
-            ]
-    return stages
-
-
 @pytest.mark.parametrize("shell", ["/bin/bash", "/bin/dash"])
 def test_killing_dvc_kills_the_stage_and_what_it_started(tmp_path, shell):
     """Dash stays between DVC and the stage, bash does not."""
@@ -225,32 +208,6 @@ def test_killing_dvc_kills_the_stage_and_what_it_started(tmp_path, shell):
     process.kill()
     process.wait()
     wait_until(lambda: not is_alive(stage) and not is_alive(child))
-
-
-@pytest.mark.longest
-def test_a_run_from_clean_with_twenty_kills_gives_the_lock_of_an_undisturbed_one(fresh, request):
-    """Moments are drawn in seconds of CPU time, so that a busy machine draws them no earlier."""
-    dice = random.Random(20)
-    for _ in range(20):
-        process = fresh.start(sys.executable, "-m", "dvc", "repro", stdout=subprocess.DEVNULL)
-        budget = dice.uniform(0.5, 8)
-        wait_until(lambda: cpu_seconds(process.pid) > budget or process.poll() is not None)  # noqa: B023
-        process.kill()
-        process.wait()
-    fresh.dvc("repro")
-    undisturbed = request.getfixturevalue("finished")  # another worker made it meanwhile
-    assert untimed(fresh) == untimed(undisturbed)
-    assert left_behind(fresh) == []
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time that a process and those that it started have used, 0 once it has ended."""
-    try:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        times = [member.cpu_times() for member in family]
-    except psutil.NoSuchProcess:
-        return 0.0
-    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
 
 
 # A stage that starts a process and never ends.
