@@ -53,7 +53,7 @@ def evaluate(settings: Settings) -> str:
     tuned = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE})
     answer(tuned, "adapter", ADAPTER, predictions, options)
     metrics = {"long_prompt_perplexity": perplexity(tuned, long_prompt)}
-    metrics |= parity.compare(predictions, long_prompt, options.batch_size)
+    metrics |= parity.compare(predictions, long_prompt, options.batch_size, tuned.rope_switch)
     score(tokenizer, predictions)
     metrics = summary.summarize(predictions) | metrics | sizes()
     write_json(RAW, metrics)

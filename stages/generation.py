@@ -77,7 +77,7 @@ class OnnxModel:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context_length = config["context_length"]
         self._pad = config["pad_token_id"]
-        self._switch = read_limits(folder)["rope_switch"]
+        self.rope_switch = read_limits(folder)["rope_switch"]
         self.tokenizer = og.Tokenizer(self.model)
         self.ends = {int(token) for token in self.tokenizer.eos_token_ids}
         self._adapters = og.Adapters(self.model) if adapters else None
@@ -176,8 +176,8 @@ class OnnxModel:
         end = prompt + new_tokens
         if new_tokens == 0:
             return []
-        crosses = self._switch is not None and prompt <= self._switch < end - 1
-        return [self._switch + 1, end] if crosses else [end]
+        crosses = self.rope_switch is not None and prompt <= self.rope_switch < end - 1
+        return [self.rope_switch + 1, end] if crosses else [end]
 
     def generate(
         self, prompt: list[int], max_new_tokens: int, adapter: str | None = None
@@ -230,9 +230,9 @@ class OnnxModel:
         Shorter rows are filled up with any token but the padding one, which the runtime treats differently.
         Rows on both sides of a longrope switch are read one by one: a batch is turned as its longest row is.
         """
-        if self._switch is not None and len(prompts) > 1:
+        if self.rope_switch is not None and len(prompts) > 1:
             lengths = [len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True)]
-            if min(lengths) <= self._switch <= max(lengths):
+            if min(lengths) <= self.rope_switch <= max(lengths):
                 pairs = zip(prompts, answers, strict=True)
                 return [self.negative_log_likelihood(p, a, adapter) for p, a in pairs]
         rows = [(p + a)[:-1] for p, a in zip(prompts, answers, strict=True)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import FAMILIES, checkpoint, tokens
 
 from stages import parity
 from stages.checkpoint import load_dequantized
@@ -47,6 +48,21 @@ def test_another_token_is_found_where_it_stands_beside_shorter_answers(model, an
     assert short == {"identical": True}
     assert (found["identical"], found["token"]) == (False, at)
     assert found["logit_gap"] > 0
+
+
+def test_an_answer_across_a_change_of_rotation_is_read_as_it_was_written(tmp_path):
+    """A longrope model whose factors change after 64 tokens; one answer crosses that, one ends before."""
+    model = load_dequantized(checkpoint(tmp_path / "phi3", FAMILIES["phi3-longrope"]))
+    batch = []
+    with torch.no_grad():
+        for length in (60, 40):
+            text = tokens(length)
+            for _ in range(10):
+                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+            batch.append({"prompt": text[:length], "adapter": {"tokens": text[length:]}})
+        read = parity.answer_logits(model, batch, rope_switch=64)
+    for logits, row in zip(read, batch, strict=True):
+        assert parity.first_divergence(logits, row["adapter"]["tokens"]) == {"identical": True}
 
 
 def test_the_share_and_the_widest_gap_cover_all_answers(finished, model, answer, monkeypatch):
