@@ -10,21 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-import hydra_plugins.conf_digest  # noqa: F401  (the resolver that conf/ needs)
 from benchmarks.machine import ROOT
+from stages.params import compose
 from stages.running import read_json
 
 
 def write_params(folder: Path, *overrides: str) -> None:
     """Compose conf/ with overrides into the folder's params.yaml; a copy of conf/ says that it is current."""
     shutil.copytree(ROOT / "conf", folder / "conf", dirs_exist_ok=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        composed = compose("config", overrides=list(overrides))
-    OmegaConf.resolve(composed)
-    OmegaConf.save(composed, folder / "params.yaml")
+    (folder / "params.yaml").write_text(compose(overrides, ROOT / "conf"), encoding="utf-8")
 
 
 def run_stage(name: str, folder: Path) -> dict[str, Any]:

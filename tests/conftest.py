@@ -132,6 +132,11 @@ def output_of(process: subprocess.Popen, says: str | None = None) -> str:
         pytest.fail(f"{process.args}: not done after {HANGS} s\n{process.communicate()[0]}")
 
 
+def left_behind(project: Project) -> list[str]:
+    """Return the half-written files and folders that a stage forgot."""
+    return [str(p) for p in project.root.rglob("*.tmp") if ".dvc" not in p.parts]
+
+
 def stages_that_ran(output: str) -> list[str]:
     """Return the stages that DVC says it ran."""
     return re.findall(r"Running stage '([\w@]+)'", output)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, checkpoint, tokens
+from tiny_models import FAMILIES, checkpoint, greedy, tokens
 
 from stages import parity
 from stages.checkpoint import load_dequantized
@@ -19,11 +19,7 @@ def model(finished):
 @pytest.fixture(scope="module")
 def answer(model) -> list[int]:
     """The model's own greedy answer."""
-    tokens = list(PROMPT)
-    with torch.no_grad():
-        for _ in range(ANSWER_LENGTH):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
+    return greedy(model, PROMPT, ANSWER_LENGTH)
 
 
 def diverging(answer: list[int], at: int) -> list[int]:
@@ -56,10 +52,8 @@ def test_an_answer_across_a_change_of_rotation_is_read_as_it_was_written(tmp_pat
     batch = []
     with torch.no_grad():
         for length in (60, 40):
-            text = tokens(length)
-            for _ in range(10):
-                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
-            batch.append({"prompt": text[:length], "adapter": {"tokens": text[length:]}})
+            prompt = tokens(length)
+            batch.append({"prompt": prompt, "adapter": {"tokens": greedy(model, prompt, 10)}})
         read = parity.answer_logits(model, batch, rope_switch=64)
     for logits, row in zip(read, batch, strict=True):
         assert parity.first_divergence(logits, row["adapter"]["tokens"]) == {"identical": True}

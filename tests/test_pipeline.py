@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, Project, stages_that_ran, wait_until
+from conftest import ROOT, Project, left_behind, stages_that_ran, wait_until
 
 from stages import random_model
 
@@ -65,11 +65,6 @@ def params_of_experiment(project: Project, name: str) -> dict:
 
 def read_config(project: Project) -> dict:
     return json.loads((project.root / "models/quantized/config.json").read_text())
-
-
-def left_behind(project: Project) -> list[str]:
-    """Return the half-written files and folders that a stage forgot."""
-    return [str(p) for p in project.root.rglob("*.tmp") if ".dvc" not in p.parts]
 
 
 def in_order(stages: list[str]) -> list[str]:

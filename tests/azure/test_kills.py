@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 import yaml
-from conftest import Project, wait_until
+from conftest import Project, left_behind, wait_until
 
 pytestmark = [pytest.mark.azure, pytest.mark.slow, pytest.mark.longest]
 TIMED = "metrics/speed"  # what dvc.lock says of files in there differs from run to run
@@ -25,7 +25,7 @@ def test_a_run_from_clean_with_twenty_kills_gives_the_lock_of_an_undisturbed_one
     fresh.dvc("repro")
     undisturbed = request.getfixturevalue("finished")  # another worker made it meanwhile
     assert untimed(fresh) == untimed(undisturbed)
-    assert not [p for p in fresh.root.rglob("*.tmp") if ".dvc" not in p.parts]
+    assert left_behind(fresh) == []
 
 
 def cpu_seconds(pid: int) -> float:
