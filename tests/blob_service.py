@@ -307,10 +307,20 @@ def laptop(made, container, tmp_path) -> Project:
     return container.connect(made.copy(tmp_path / "laptop"))
 
 
-@pytest.fixture
-def pushed(laptop, container) -> Container:
-    """The container after the laptop has pushed."""
+@pytest.fixture(scope="session")
+def once_pushed(made, lasting, tmp_path_factory) -> dict[str, bytes]:
+    """The blobs by name that a push of the small pipeline sends."""
+    container = new_container(lasting)
+    laptop = container.connect(made.copy(tmp_path_factory.mktemp("once") / "laptop"))
     laptop.dvc("push", "--run-cache")
+    return {name: container.client.download_blob(name).readall() for name in container.sizes()}
+
+
+@pytest.fixture
+def pushed(once_pushed, container) -> Container:
+    """The test's container as the laptop's push leaves it."""
+    for name, content in once_pushed.items():
+        container.client.upload_blob(name, content)
     return container
 
 
