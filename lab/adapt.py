@@ -4,11 +4,12 @@ lab adapt my-peft-adapter                            # to my-peft-adapter.onnx_a
 lab adapt my-peft-adapter --out travel.onnx_adapter --model ft-for-travel-1/onnx
 
 Plain LoRA and rsLoRA, with rank and alpha patterns, on fused or split projections. Whatever else it holds is
-refused here, by name, and so is an adapter of another base model.
+refused here, by name, and so is an adapter whose shapes are another model's.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ def adapt(
     model: Annotated[Path, typer.Option(help="The ONNX model's folder.")] = Path("models/onnx"),
 ) -> None:
     """Convert a PEFT adapter for the ONNX model, or say in one line why that cannot be."""
-    from stages.adapt import convert, read_config  # a second that other lab commands need not wait
+    from stages.adapt import convert  # a second that other lab commands need not wait
 
     target = out or peft.with_name(f"{peft.resolve().name}.onnx_adapter")
     if target.is_dir():
@@ -35,6 +36,21 @@ def adapt(
         )
     with written_beside(target) as beside:
         inputs = convert(peft, model, beside)
-    base = read_config(peft).get("base_model_name_or_path")
-    print(f"{target} ({in_megabytes(size_of(target))}, {inputs} inputs, trained on {base})")
+    print(f"{target} ({in_megabytes(size_of(target))}, {inputs} inputs)")
+    warn_of_another_base(peft, model)
     print(f"lab chat --model {model} --adapter {peft.resolve().name}={target}")
+
+
+def warn_of_another_base(peft: Path, model: Path) -> None:
+    """Name both bases where they are called differently: equal shapes do not make equal weights."""
+    from stages.adapt import read_config
+    from stages.lora_inputs import BASE, load_graph
+
+    trained_on = str(read_config(peft).get("base_model_name_or_path"))
+    base = str(load_graph(model).metadata_props.get(BASE))
+    if Path(trained_on).name.casefold() != base.casefold():
+        print(
+            f"lab: warning: the adapter was trained on {trained_on}, and {model} is {base}: it fits in "
+            "shape; where these are not the same weights, its answers will be wrong",
+            file=sys.stderr,
+        )

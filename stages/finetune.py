@@ -19,7 +19,7 @@ def finetune(settings: Settings) -> str:
     """Train, and forget the checkpoints of a finished run."""
     options = settings.finetune
     keep_or_clear_checkpoints(options)
-    train(options)
+    train(options, settings.model.name)
     shutil.rmtree(CHECKPOINTS)
     return f"{ADAPTER} ({in_megabytes(size_of(ADAPTER))}) in {options.max_steps} steps"
 

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from stages.errors import UserError
 
 LORA_GRAPH = "lora.onnx"
-# a property of both graphs: what the base model's projections are called
+# properties of lora.onnx: the base model's name, and what its projections are called
+BASE = "base"
 BASE_MODULES = "base_modules"
 # a projection that holds others, in PEFT's names
 FUSED = {

@@ -1,6 +1,6 @@
 """Train the adapter: the body of the finetune stage.
 
-    train(options)                   # after keep_or_clear_checkpoints(options)
+    train(options, "SmolLM2")        # after keep_or_clear_checkpoints(options)
 
 TRL trains on rows packed end to end, and only on the answers. The order of rows is laid out beforehand, for
 all steps. A killed run leaves checkpoints outside DVC's outputs; the next run with the same settings, rows
@@ -53,8 +53,8 @@ NAMED = 20  # rows that a warning names; the others are counted
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def train(options: Finetune) -> None:
-    """Load, train, save the adapter and its loss curve."""
+def train(options: Finetune, base: str) -> None:
+    """Load, train, save the adapter, which names its base, and its loss curve."""
     set_seed(options.seed)
     tokenizer = load_tokenizer(QUANTIZED)
     train, validation = load_rows(tokenizer, options)
@@ -70,7 +70,7 @@ def train(options: Finetune) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     refuse_not_finite(trainer.model)
     with written_beside(ADAPTER) as folder:
-        save(trainer.model, folder)
+        save(trainer.model, folder, base)
     write_json(METRICS, loss_curve(trainer))
     write_json(COST, training_cost(trainer))
 
@@ -307,14 +307,14 @@ def training_arguments(options: Finetune) -> SFTConfig:
     )
 
 
-def save(model, folder: Path) -> None:
+def save(model, folder: Path, base: str) -> None:
     """Save the adapter in PEFT's format, with its settings in an order that does not change."""
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["target_modules"] = sorted(config["target_modules"])
-    config["base_model_name_or_path"] = str(QUANTIZED)
+    config["base_model_name_or_path"] = base
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,8 +1,10 @@
 """Adapters from elsewhere give PEFT's logits in the graph, or are refused in one line naming the tensor."""
 
 import json
+import shutil
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +14,7 @@ from lab.adapt import adapt
 from stages.adapt import convert
 from stages.errors import UserError
 from stages.generation import OnnxModel
+from stages.lora_inputs import BASE, LORA_GRAPH, load_graph
 
 PROMPT = tokens(12)
 REGEX = r".*\.1\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
@@ -178,3 +181,20 @@ def test_a_folder_is_never_replaced_by_an_adapter(llama, tmp_path):
     with pytest.raises(UserError, match="is a folder: name a file"):
         adapt(tmp_path / "peft", tmp_path / "mine", llama[1])
     assert (tmp_path / "mine/work.txt").exists()
+
+
+def test_an_adapter_of_a_base_with_the_same_shapes_is_taken_with_a_warning_that_names_both(
+    llama, tmp_path, capsys
+):
+    onnx = shutil.copytree(llama[1], tmp_path / "onnx")
+    graph = load_graph(onnx)
+    graph.metadata_props[BASE] = "SmolLM2-135M"
+    ir.save(graph, onnx / LORA_GRAPH)
+    trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"])
+    file = tmp_path / "peft/adapter_config.json"
+    config = json.loads(file.read_text())
+    for trained_on, warned in (("hub/SmolLM2-135M-Instruct", True), ("hub/SmolLM2-135M", False)):
+        file.write_text(json.dumps(config | {"base_model_name_or_path": trained_on}))
+        adapt(tmp_path / "peft", None, onnx)
+        said = f"trained on {trained_on}, and {onnx} is SmolLM2-135M:"
+        assert (said in capsys.readouterr().err) == warned
