@@ -1,7 +1,7 @@
 """What DVC's remote costs beside the bare upload: push, pull, no-op and changed-only, by artefact size.
 
     make repro && python -m benchmarks.remote            # 10 and 200 MB; needs Node.js, for Azurite
-    python -m benchmarks.remote --megabytes 10 200 2000         # half an hour, 25 GB of disk
+    python -m benchmarks.remote --megabytes 10 200 2000         # a quarter of an hour, 25 GB of disk
 
 The peer is azure-storage-blob itself, on the same files, in a process of its own as well. Ours and the
 peer's take turns within a run, each with its best number of connections, so the ratio is fair on a busy
@@ -33,6 +33,8 @@ from stages.errors import UserError
 from stages.running import one_line_errors
 
 JOBS = (1, 4, 16)
+LARGE = 1000  # megabytes from which on there is one turn, with LARGE_JOBS alone
+LARGE_JOBS = (16,)  # what .dvc/config says, for it is the best with 200 MB
 TURNS = 7  # of dvc repro and dvc status, which take well under a second on small artefacts
 PORT = 10970
 SMALL_SHARE = 20  # the changed stage writes a twentieth, as an adapter beside its base
@@ -88,8 +90,7 @@ def measure(sizes: list[int], repeats: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             service = azurite.serve(program, Path(scratch, "azurite"), PORT, own_session=False)
             try:
-                turns = repeats if megabytes < 1000 else 1
-                figures[f"{megabytes}_mb"] = measure_size(Path(scratch), megabytes, turns)
+                figures[f"{megabytes}_mb"] = measure_size(Path(scratch), megabytes, repeats)
             finally:
                 service.kill()
                 service.wait()
@@ -101,7 +102,10 @@ def measure_size(folder: Path, megabytes: int, repeats: int) -> Figures:
     """Return seconds of ours and of the peer, and their ratio, for each way to use the remote."""
     lab = Laboratory(folder)
     lab.make(megabytes)
-    contests = {name: compare(lab, name, repeats) for name in ("push", "pull", "no_op", "changed")}
+    repeats, jobs = (1, LARGE_JOBS) if megabytes >= LARGE else (repeats, JOBS)
+    contests = {
+        name: compare(lab, name, repeats, jobs) for name in ("push", "pull", "no_op", "changed")
+    }
     return {"repeats": repeats, **contests, "no_op_repro": no_op_repro(lab, TURNS, lab.source)}
 
 
@@ -210,10 +214,10 @@ class Laboratory:
         return ours, self.peer("upload", self.fresh_remote(), self.source / "models/adapter", jobs)
 
 
-def compare(lab: Laboratory, contest: str, repeats: int) -> Figures:
+def compare(lab: Laboratory, contest: str, repeats: int, jobs_to_try: tuple[int, ...]) -> Figures:
     """Return the median seconds of both at their own best number of connections, and the ratio."""
     attempt: Callable[[int], tuple[float, float]] = getattr(lab, contest)
-    runs = {jobs: [attempt(jobs) for _ in range(repeats)] for jobs in JOBS}
+    runs = {jobs: [attempt(jobs) for _ in range(repeats)] for jobs in jobs_to_try}
     ours, theirs = (
         {jobs: statistics.median(run[side] for run in seconds) for jobs, seconds in runs.items()}
         for side in (0, 1)
