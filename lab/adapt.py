@@ -26,7 +26,7 @@ def adapt(
     ] = None,
     model: Annotated[Path, typer.Option(help="The ONNX model's folder.")] = Path("models/onnx"),
 ) -> None:
-    """Convert a PEFT adapter for the ONNX model, or say in one line why that cannot be."""
+    """Convert a PEFT adapter for the ONNX model. Or say in one line why that cannot be."""
     from stages.adapt import convert  # a second that other lab commands need not wait
 
     target = out or peft.with_name(f"{peft.resolve().name}.onnx_adapter")

@@ -40,7 +40,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
-    """Ask the ONNX model, with its adapter, without, or with several side by side."""
+    """Ask the ONNX model. With its adapter, without, or with several side by side."""
     if question is not None:
         check_question(question)
     for stream in (sys.stdout, sys.stderr):  # a terminal without emoji shows a ? instead

@@ -1,44 +1,63 @@
-"""The console script `lab`: one subcommand per module beside this one.
+"""The console script `lab`: one subcommand per module beside this one, imported when it is called.
 
 lab --help
 """
 
 from __future__ import annotations
 
-import typer
+from importlib import import_module
 
-from lab import adapt, chat, doctor, dvc, fsck, remote_setup, run
-from lab.azureml import download, jobs, register, submit
-from lab.experiments import promote, table
-from lab.review import command as review
+import typer
+from typer.core import TyperGroup
+
 from stages.running import be_quiet, one_line_errors
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command(name="chat")(chat.chat)
-app.command(name="adapt")(adapt.adapt)
-app.command(name="review")(review.review)
-forwarding = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command(name="exp", context_settings=forwarding)(table.table)
-app.command(name="promote")(promote.promote)
-app.command(name="run")(run.run)
-app.command(name="dvc", context_settings={"ignore_unknown_options": True}, add_help_option=False)(
-    dvc.dvc
-)
-app.command(name="doctor")(doctor.doctor)
-app.command(name="fsck")(fsck.fsck)
-app.command(name="submit")(submit.submit)
-app.command(name="jobs")(jobs.jobs)
-app.command(name="cancel")(jobs.cancel)
-app.command(name="register")(register.register)
-app.command(name="download")(download.download)
-remote = typer.Typer(no_args_is_help=True, help="The Azure Blob remote.")
-remote.command(name="setup")(remote_setup.setup)
-app.add_typer(remote, name="remote")
+COMMANDS = {
+    "chat": "lab.chat:chat",
+    "adapt": "lab.adapt:adapt",
+    "review": "lab.review.command:review",
+    "exp": "lab.experiments.table:table",
+    "promote": "lab.experiments.promote:promote",
+    "run": "lab.run:run",
+    "dvc": "lab.dvc:dvc",
+    "doctor": "lab.doctor:doctor",
+    "fsck": "lab.fsck:fsck",
+    "submit": "lab.azureml.submit:submit",
+    "jobs": "lab.azureml.jobs:jobs",
+    "cancel": "lab.azureml.jobs:cancel",
+    "register": "lab.azureml.register:register",
+    "download": "lab.azureml.download:download",
+    "remote": "lab.remote_setup:group",
+}
+# square brackets in help texts are meant, a traceback is as Python writes it
+PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+FORWARDING = {  # what dvc takes goes to dvc as it is
+    "exp": {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}},
+    "dvc": {"context_settings": {"ignore_unknown_options": True}, "add_help_option": False},
+}
 
 
-@remote.callback()
-def remote_commands() -> None:
-    """Set up the Azure Blob remote."""
+class Commands(TyperGroup):
+    """Imports one command, not all: together they take two seconds."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.commands = dict.fromkeys(COMMANDS)
+
+    def get_command(self, ctx, cmd_name: str):
+        """Return the command of a name, None where there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[cmd_name].partition(":")
+        found = getattr(import_module(module), function)
+        if isinstance(found, typer.Typer):
+            return typer.main.get_command(found)
+        alone = typer.Typer(**PLAIN)
+        alone.command(name=cmd_name, **FORWARDING.get(cmd_name, {}))(found)
+        return typer.main.get_command(alone)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, **PLAIN)
 
 
 @app.callback()

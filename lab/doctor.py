@@ -29,7 +29,7 @@ HEARD: dict[str, str] = {}  # headers of the remote's answer, which may be a ref
 
 
 def doctor() -> None:
-    """Check versions, GPU, disk, cache, settings and the remote; say what to do about each fault."""
+    """Check this machine and the remote. Says what to do about each fault."""
     healthy = [report(name, check) for name, check in HERE.items()]
     if healthy[-1]:  # the remote lets us in
         healthy.append(report("push", writing))

@@ -74,7 +74,7 @@ def fsck(
     ] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Send again what is wrong.")] = False,
 ) -> None:
-    """Check that the remote holds every object that dvc.lock names, whole; exit 1 when it does not."""
+    """Check that the remote holds all that dvc.lock names. Exit code 1 when it does not."""
     found = remote.load()
     found.check()
     with found.client(**PATIENT) as client, remote.in_words(found):

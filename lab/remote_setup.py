@@ -39,12 +39,21 @@ OPTION = {  # of DVC's remote; None: no secret
 }
 
 
+group = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@group.callback()
+def lab_remote() -> None:
+    """Set up the Azure Blob remote."""
+
+
+@group.command()
 def setup(
     account: Annotated[str | None, typer.Option(help="Storage account [asked].")] = None,
     container: Annotated[str | None, typer.Option(help="Container [asked].")] = None,
     sign_in: Annotated[SignIn | None, typer.Option(help="Kind of sign-in [asked].")] = None,
 ) -> None:
-    """Choose account, container and sign-in; create the container; prove a write, a read and a delete."""
+    """Choose account, container and sign-in. Creates the container; proves write, read and delete."""
     account = account or ask("--account", "Storage account")
     container = container or ask("--container", "Container", default="olive-lab")
     sign_in = sign_in or ask_sign_in()

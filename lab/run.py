@@ -20,7 +20,6 @@ from typing import Annotated
 import typer
 
 from lab import doctor, remote
-from lab.overrides import check
 from stages.errors import UserError
 
 
@@ -41,8 +40,11 @@ def run(
         int | None, typer.Option(min=1, help="Files on their way at once [default: .dvc/config's].")
     ] = None,
 ) -> None:
-    """Pull what changed stages need, run them, push artefacts, run cache and experiment."""
-    check(overrides or [])
+    """Run what changed here, and push it. Pulls what the stages need first."""
+    if overrides:
+        from lab.overrides import check  # half a second of Hydra
+
+        check(overrides)
     preflight()
     name = name or (random_name() if overrides else None)
     push = ["push", "--run-cache", *(["--jobs", str(jobs)] if jobs else [])]

@@ -24,12 +24,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from stages.errors import UserError
-from stages.settings import Settings, load_current
+
+if TYPE_CHECKING:
+    from stages.settings import Settings
 
 RUNTIME = Path("metrics/speed")
 RAN_OUT = {
@@ -44,6 +46,10 @@ RAN_OUT = {
 
 def run(stage: Callable[[Settings], str]) -> None:
     """Run one stage as a process of its own; the process's exit code says whether it succeeded."""
+    from stages.settings import (
+        load_current,
+    )  # not for every lab command, which need this module too
+
     name = stage.__name__
     be_quiet()
     with one_line_errors(name):

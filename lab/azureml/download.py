@@ -29,7 +29,7 @@ def download(
     model: Annotated[str, typer.Argument(metavar="NAME[:VERSION]", help="Default: the newest.")],
     to: Annotated[Path | None, typer.Option(help="The folder [default: NAME-VERSION].")] = None,
 ) -> None:
-    """Bring a model that `lab register` registered, with its adapter, to a folder."""
+    """Bring a registered model to a folder. Its adapter comes along."""
     client = workspace.need().connect()
     found = find(client, model)
     folder = to or Path(f"{found.name}-{found.version}")

@@ -27,7 +27,7 @@ def jobs(
     ] = None,
     last: Annotated[int, typer.Option(min=1, help="How many to list.")] = SHOWN,
 ) -> None:
-    """List the jobs of lab submit with their state, parameters and metrics."""
+    """List the jobs of lab submit. Shows their state, parameters and metrics."""
     client = workspace.need().connect()
     if restore:
         restore_job(client, restore)
@@ -57,7 +57,7 @@ def line(store: Datastore, job) -> str:
 def cancel(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As lab jobs lists it.")],
 ) -> None:
-    """Cancel a job; what its finished stages pushed stays in the remote."""
+    """Cancel a job. What its finished stages pushed stays in the remote."""
     client = workspace.need().connect()
     state = submit.word(find(client, name).status)
     if state in submit.ENDED:

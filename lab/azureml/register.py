@@ -62,7 +62,7 @@ def register(
         typer.Option("--force", help="Despite uncommitted changes, failing gates, stale stages."),
     ] = False,
 ) -> None:
-    """Register models/onnx with its adapter as a version, with commit, parameters and metrics."""
+    """Register the model and its adapter. As a version, with commit, parameters and metrics."""
     problems = find_problems()
     if problems and not force:
         raise UserError(f"not registered: {'; '.join(problems)} (--force registers all the same)")

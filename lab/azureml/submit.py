@@ -69,7 +69,7 @@ def submit(
     compute: Annotated[str, typer.Option(envvar="AZUREML_COMPUTE", help="The cluster.")] = CLUSTER,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the results.")] = False,
 ) -> None:
-    """Run what changed on an Azure ML cluster; bring dvc.lock and metrics back."""
+    """Run what changed on an Azure ML cluster. Then brings dvc.lock and metrics back."""
     overrides, sweeps = overrides or [], sweeps or []
     sweep.check(overrides)
     combined = (

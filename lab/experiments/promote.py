@@ -40,7 +40,7 @@ def promote(
     experiment: Annotated[str, typer.Argument(help="A name from `lab exp`.")],
     commit: Annotated[bool, typer.Option(help="Commit the result.")] = True,
 ) -> None:
-    """Write an experiment's parameters into conf/, bring its results, commit both."""
+    """Make an experiment the default. Its parameters go into conf/, its results come along."""
     found = find(experiment)
     refuse_to_overwrite(found)
     refuse_without_results(found)

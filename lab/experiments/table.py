@@ -24,7 +24,7 @@ FRONT = ["Experiment", "State", "rev", "typ", "parent"]
 
 
 def table(context: typer.Context) -> None:
-    """Show experiments: changed parameters and the metrics that decide. Takes the words of `dvc exp show`."""
+    """Show experiments with what decides. Takes the words of `dvc exp show`."""
     command = [sys.executable, "-m", "dvc", "exp", "show", "--only-changed", "--no-pager"]
     done = subprocess.run([*command, "--drop", all_but(METRICS), *context.args])
     raise typer.Exit(done.returncode)

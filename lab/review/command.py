@@ -30,7 +30,7 @@ def review(
     answers: Annotated[int, typer.Option(min=0, help="How many changed answers to show.")] = 10,
     stages: Annotated[bool, typer.Option("--stages", help="Only check dvc.lock.")] = False,
 ) -> None:
-    """Print what changed since BASE as Markdown; exit 1 when a gate fails or dvc.lock is out of date."""
+    """Print what changed since BASE. Exit code 1: a gate fails or dvc.lock is out of date."""
     if not Path("dvc.yaml").is_file():
         raise UserError("no dvc.yaml here: run it in the repository's root")
     if stages:
