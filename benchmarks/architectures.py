@@ -40,15 +40,16 @@ def main() -> None:
     logging.disable(logging.WARNING)
     figures = {family: measure(family) for family in FAMILIES}
     keep("architectures", figures)
-    print(
-        "| family | export | largest logit difference | with adapter | identical answers | with adapter |"
-    )
-    print("|" + "---|" * 6)
+    print(f"| family | {' | '.join(f'{export}: logits, answers' for export in LEVELS)} |")
+    print("|" + "---|" * (1 + len(LEVELS)))
     for family, exports in figures.items():
-        for export, found in exports.items():
-            cells = [f"{found[key]:.2g}" for key in ("logits", "logits_adapter")]
-            cells += [f"{found[key]} of {PROMPTS}" for key in ("answers", "answers_adapter")]
-            print(f"| {family} | {export} | {' | '.join(cells)} |")
+        print(f"| {family} | {' | '.join(map(cell, exports.values()))} |")
+
+
+def cell(found: dict[str, Any]) -> str:
+    """Say an export's largest differences of logits and its identical answers, each also with an adapter."""
+    logits = f"{found['logits']:.1e}, {found['logits_adapter']:.1e}"
+    return f"{logits}; {found['answers']}, {found['answers_adapter']} of {PROMPTS}"
 
 
 def measure(family: str) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from typing import Annotated
 
 import typer
 
+from stages.adapt import convert, read_config
 from stages.errors import UserError
+from stages.lora_inputs import BASE, load_graph
 from stages.running import in_megabytes, size_of, written_beside
 
 
@@ -27,8 +29,6 @@ def adapt(
     model: Annotated[Path, typer.Option(help="The ONNX model's folder.")] = Path("models/onnx"),
 ) -> None:
     """Convert a PEFT adapter for the ONNX model. Or say in one line why that cannot be."""
-    from stages.adapt import convert  # a second that other lab commands need not wait
-
     target = out or peft.with_name(f"{peft.resolve().name}.onnx_adapter")
     if target.is_dir():
         raise UserError(
@@ -43,9 +43,6 @@ def adapt(
 
 def warn_of_another_base(peft: Path, model: Path) -> None:
     """Name both bases where they are called differently: equal shapes do not make equal weights."""
-    from stages.adapt import read_config
-    from stages.lora_inputs import BASE, load_graph
-
     trained_on = str(read_config(peft).get("base_model_name_or_path"))
     base = str(load_graph(model).metadata_props.get(BASE))
     if Path(trained_on).name.casefold() != base.casefold():

@@ -84,7 +84,7 @@ class Speaker:
     """An ONNX model with the tokenizer and the chat template that training used."""
 
     def __init__(self, folder: Path, adapters: dict[str, Path]):
-        # imported here, as they take seconds, and every lab command loads this module
+        # imported here, as they take seconds: a mistake in the words is told at once
         from stages.chats import load_tokenizer, prompt_ids
         from stages.generation import OnnxModel
 
