@@ -8,6 +8,7 @@ remote.client()                # azure-storage-blob's own client, for what DVC h
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -142,6 +143,7 @@ def load() -> Remote:
             )
         refuse_versions(repo.config["remote"][found.name])
         container, _, prefix = found.path.strip("/").partition("/")
+        check_names(found.fs.fs_args["account_name"], container)
         return Remote(container, prefix, found.fs.fs_args)
     except AuthError as error:
         raise UserError(f"{' '.join(str(error).split())} lab remote setup asks for it") from None
@@ -157,6 +159,16 @@ def refuse_versions(settings: Mapping[str, Any]) -> None:
                 f"the remote has {option} = true, with which no run cache is shared and no blob can be "
                 f"checked: `dvc remote modify --unset {NAME} {option}`"
             )
+
+
+def check_names(account: str | None, container: str) -> None:
+    """Raise `UserError` for a name that no account or container can have."""
+    if account not in (None, UNSET) and not re.fullmatch("[a-z0-9]{3,24}", account):
+        raise UserError(f"account {account!r}: must be 3 to 24 lower-case letters and digits")
+    if not re.fullmatch("[a-z0-9](-?[a-z0-9]){2,62}", container):
+        raise UserError(
+            f"container {container!r}: must be 3 to 63 lower-case letters, digits, single hyphens"
+        )
 
 
 def configure(values: dict[str, str | None], *, local: bool) -> None:

@@ -11,7 +11,6 @@ the role Storage Blob Data Contributor.
 
 from __future__ import annotations
 
-import re
 import sys
 from enum import StrEnum
 from typing import Annotated, Any
@@ -57,7 +56,7 @@ def setup(
     account = account or ask("--account", "Storage account")
     container = container or ask("--container", "Container", default="olive-lab")
     sign_in = sign_in or ask_sign_in()
-    check_names(account, container)
+    remote.check_names(account, container)
     secrets = dict.fromkeys(remote.SECRETS)
     if option := OPTION[sign_in]:
         secrets[option] = read_secret(sign_in.value.replace("-", " "))
@@ -82,16 +81,6 @@ def ask_sign_in() -> SignIn:
         return SignIn(answer)
     except ValueError:
         raise UserError(f"sign-in {answer!r}: must be one of {kinds}") from None
-
-
-def check_names(account: str, container: str) -> None:
-    """Raise `UserError` for a name that no account or container can have."""
-    if not re.fullmatch("[a-z0-9]{3,24}", account):
-        raise UserError(f"account {account!r}: must be 3 to 24 lower-case letters and digits")
-    if not re.fullmatch("[a-z0-9](-?[a-z0-9]){2,62}", container):
-        raise UserError(
-            f"container {container!r}: must be 3 to 63 lower-case letters, digits, single hyphens"
-        )
 
 
 def read_secret(words: str) -> str:

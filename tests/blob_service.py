@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from azure.storage.blob import (
@@ -36,6 +37,9 @@ from conftest import ROOT, Project, output_of
 
 from lab import azurite as emulator
 from stages.errors import UserError
+
+if TYPE_CHECKING:
+    from azureml.cloud import Cloud
 
 FILES = 24
 BYTES = 200_000  # of each file
@@ -255,6 +259,15 @@ def on_a_free_port(program: Path, data: Path) -> Azurite:
             if "EADDRINUSE" not in str(error) and "is taken" not in str(error):
                 raise
     raise RuntimeError("five free ports were taken in a row")
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory) -> Iterator[Cloud]:
+    """Azure's own host names, behind which an Azurite answers."""
+    from azureml.cloud import started  # most tests ask for no cloud
+
+    with started(tmp_path_factory.mktemp("cloud") / "azure") as cloud:
+        yield cloud
 
 
 def new_container(azurite: Azurite) -> Container:

@@ -46,13 +46,6 @@ def test_setup_creates_the_container_proves_it_and_keeps_the_secret_out_of_git(c
     lab(clone, "dvc", "push")
 
 
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory) -> Iterator[azure.Cloud]:
-    """Azure's own host names, behind which an Azurite answers."""
-    with azure.started(tmp_path_factory.mktemp("cloud") / "azure") as cloud:
-        yield cloud
-
-
 @pytest.fixture
 def online(clone, cloud, monkeypatch) -> Project:
     """A clone on a machine that reaches Azure."""
