@@ -10,13 +10,7 @@ import yaml
 from blob_service import Container, Project, cloned, lab, new_container
 from conftest import stages_that_ran
 
-# one worker for all of them: they share what takes longest
-pytestmark = [
-    pytest.mark.azure,
-    pytest.mark.slow,
-    pytest.mark.longest,
-    pytest.mark.xdist_group("machines"),
-]
+pytestmark = [pytest.mark.azure, pytest.mark.slow, pytest.mark.longest]
 MORE_TRAINING = ["-S", "finetune.max_steps=3"]
 
 
