@@ -70,6 +70,8 @@ class Connection(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         host = self.asked_for()
+        if host is None:
+            return
         port = self.server.port_of(host)
         self.server.live[self.connection] = host
         if port is None or self.server.is_down(host):
@@ -79,9 +81,14 @@ class Connection(socketserver.StreamRequestHandler):
         with socket.create_connection(("127.0.0.1", port)) as other:
             join(self.connection, other)
 
-    def asked_for(self) -> str:
-        """Return the host of the request; one without CONNECT is shown with its http://, so none knows it."""
-        method, target, _ = self.rfile.readline().decode().split()
+    def asked_for(self) -> str | None:
+        """Return the host of the request; one without CONNECT is shown with its http://, so none knows it.
+
+        None: somebody only asked whether anybody listens.
+        """
+        if not (request := self.rfile.readline().decode().split()):
+            return None
+        method, target, _ = request
         while self.rfile.readline().strip():
             pass  # the request's headers
         if method == "CONNECT":

@@ -125,7 +125,7 @@ def test_uncommitted_changes_failing_gates_and_stale_stages_are_refused_together
     for words in (
         "uncommitted changes",
         "gate recall_exact_match",
-        "out of date: params, finetune",
+        "out of date: finetune",
     ):
         assert words in output
     assert uploads(cloud) == set()

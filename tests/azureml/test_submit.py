@@ -154,7 +154,7 @@ def test_a_failed_job_ends_in_one_line_and_changes_nothing(laptop, cloud):
     data = laptop.root / "data/travel.jsonl"
     data.write_text(data.read_text() + '{"prompt": "half a r\n')
     output = laptop.lab("submit", exits=1)
-    assert "prepare: data/travel.jsonl line" in output
+    assert "prepare: data/travel.jsonl:" in output
     assert "failed: its log" in output.splitlines()[-1]
     assert laptop.git("status", "--porcelain").split() == ["M", "data/travel.jsonl"]
 
