@@ -1,6 +1,5 @@
 """Names and secrets in every form that people paste: they work, or one line says which one is wrong."""
 
-
 import pytest
 from azureml import cloud as azure
 from blob_service import Container, account_sas, lab
