@@ -1,6 +1,6 @@
 """Clones of the working tree in which the real pipeline runs on the tiny model.
 
-`finished` has been run once for the whole session, whatever the number of pytest-xdist workers; two more
+`finished` has been run once for these files, whatever the number of pytest-xdist workers; two more
 went on from there: `with_experiment` tried a setting, `two_commits` made it the default. `project`, `tried`
 and `changed` are a test's own copies of them, to run further, change or break.
 """
@@ -8,11 +8,13 @@ and `changed` are a test's own copies of them, to run further, change or break.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from filelock import FileLock
 pytest_plugins = ["blob_service"]  # the fixtures of tests/azure
 
 ROOT = Path(__file__).resolve().parents[1]
+DAY = 24 * 3600
 HANGS = 1200  # seconds after which a command is held to hang: ten times what one takes on a busy machine
 sys.path.insert(
     0, str(ROOT)
@@ -151,15 +154,20 @@ def wait_until(happens, seconds: float = 300):
     return result
 
 
-def clone(root: Path) -> Project:
-    """Clone the working tree as it is, uncommitted work included, with the tiny model as the default."""
+def working_tree() -> list[str]:
+    """Return the files of the working tree that git knows or would add, less the results."""
     listed = subprocess.run(
         ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
     ).stdout.decode()
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("dvc.lock", "metrics/")):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, root / name)
+    names = sorted(name for name in listed.split("\0") if (ROOT / name).is_file())
+    return [name for name in names if not name.startswith(("dvc.lock", "metrics/"))]
+
+
+def clone(root: Path) -> Project:
+    """Clone the working tree as it is, uncommitted work included, with the tiny model as the default."""
+    for name in working_tree():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, root / name)
     project = Project(root)
     project.git("init", "--quiet")
     shutil.copy(ROOT / "tests/shrunk.yaml", root / "conf/experiment/shrunk.yaml")
@@ -170,15 +178,25 @@ def clone(root: Path) -> Project:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Path:
-    """The session's folder that all pytest-xdist workers see."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+def shared() -> Path:
+    """The folder of these very files: all pytest-xdist workers see it, and so do later sessions for a day."""
+    digest = hashlib.sha256(sys.version.encode())
+    for name in working_tree():
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    home = Path(tempfile.gettempdir(), f"olive-lab-tests-{os.getuid()}")
+    home.mkdir(mode=0o700, exist_ok=True)
+    assert home.stat().st_uid == os.getuid(), f"{home} is somebody else's"
+    for old in home.iterdir():
+        if time.time() - old.stat().st_mtime > DAY:
+            shutil.rmtree(old, ignore_errors=True)
+    folder = home / digest.hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def once(shared) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Make a folder once in the session: the first worker that asks makes it, the others wait."""
+    """Make a folder once: the first worker that asks makes it, the others wait."""
 
     def make(name: str, maker: Callable[[Path], None]) -> Path:
         with FileLock(shared / f"{name}.lock"):
