@@ -34,7 +34,7 @@ from stages.running import one_line_errors
 
 JOBS = (1, 4, 16)
 LARGE = 1000  # megabytes from which on there is one turn, with LARGE_JOBS alone
-LARGE_JOBS = (16,)  # what .dvc/config says, for it is the best with 200 MB
+LARGE_JOBS = (16,)  # what .dvc/config says
 TURNS = 7  # of dvc repro and dvc status, which take well under a second on small artefacts
 PORT = 10970
 SMALL_SHARE = 20  # the changed stage writes a twentieth, as an adapter beside its base

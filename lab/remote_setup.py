@@ -38,7 +38,7 @@ OPTION = {  # of DVC's remote; None: no secret
 }
 
 
-group = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+group = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 @group.callback()

@@ -46,9 +46,8 @@ RAN_OUT = {
 
 def run(stage: Callable[[Settings], str]) -> None:
     """Run one stage as a process of its own; the process's exit code says whether it succeeded."""
-    from stages.settings import (
-        load_current,
-    )  # not for every lab command, which need this module too
+    # imported here: lab's commands use this module too, and most need no settings
+    from stages.settings import load_current
 
     name = stage.__name__
     be_quiet()

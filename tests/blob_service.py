@@ -270,6 +270,13 @@ def cloud(tmp_path_factory) -> Iterator[Cloud]:
         yield cloud
 
 
+@pytest.fixture
+def reaches_azure(cloud, monkeypatch) -> None:
+    """Let this machine, and the commands that it starts, reach that Azure."""
+    for name, value in cloud.network.items():
+        monkeypatch.setenv(name, value)
+
+
 def new_container(azurite: Azurite) -> Container:
     container = Container(azurite, f"test-{uuid.uuid4().hex[:12]}")
     container.client.create_container()

@@ -47,10 +47,8 @@ def test_setup_creates_the_container_proves_it_and_keeps_the_secret_out_of_git(c
 
 
 @pytest.fixture
-def online(clone, cloud, monkeypatch) -> Project:
+def online(clone, reaches_azure) -> Project:
     """A clone on a machine that reaches Azure."""
-    for name, value in cloud.network.items():
-        monkeypatch.setenv(name, value)
     return clone
 
 
