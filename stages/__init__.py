@@ -2,16 +2,20 @@
 
 Importing this package turns telemetry off before any library can read its switch, and keeps the model hub
 for the stage that fetches: PEFT asks it about every base model that it saves an adapter of. A stage
-dies with the DVC that runs it.
+dies with the DVC that runs it. It looks for no garbage among what it imports, see `running.run`.
 """
 
+import gc
 import os
 import sys
+import time
 
 from stages.parent import die_with_dvc
 
+STARTED = time.monotonic()
 if sys.argv[0] == "-m":  # `python -m stages.quantize`: Python is still looking for the module
     die_with_dvc()
+    gc.disable()
 for _switch in (
     "DO_NOT_TRACK",
     "HF_HUB_DISABLE_TELEMETRY",
