@@ -18,12 +18,18 @@ PROVIDERS = {
 }
 
 
-def export(checkpoint: Path, options: Optimize, targets: list[str] | str, folder: Path) -> None:
-    """Write model.onnx and lora.onnx, which takes adapters for `targets`, with what belongs to them."""
+def export(
+    checkpoint: Path, options: Optimize, targets: list[str] | str, folder: Path, base: str = ""
+) -> None:
+    """Write model.onnx and lora.onnx, which takes adapters for `targets`, with what belongs to them.
+
+    `base` is the base model's name, by which adapters call it.
+    """
     where = {"disable_search": True, "accelerator_spec": PROVIDERS[options.execution_provider]}
     level = {"accuracy_level": options.accuracy_level}
     builder = create_pass_from_dict(GenaiBuilder, level, **where)
-    modules = {"target_modules": None if targets == "all-linear" else list(targets)}
-    lora = create_pass_from_dict(LoraGraph, modules, **where)
+    modules = None if targets == "all-linear" else list(targets)
+    adapted = {"target_modules": modules, "base": base}
+    lora = create_pass_from_dict(LoraGraph, adapted, **where)
     # in place: the pass adds one small file to gigabytes
     lora.run(builder.run(HfModelHandler(str(checkpoint)), str(folder)), str(folder))

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx_ir as ir
-
 from stages.export import export
-from stages.lora_inputs import BASE, LORA_GRAPH, load_graph, lora_inputs
+from stages.lora_inputs import load_graph, lora_inputs
 from stages.running import in_megabytes, quietly, run, size_of, written_beside
 from stages.settings import Settings
 
@@ -22,14 +20,12 @@ ONNX = Path("models/onnx")
 
 
 def optimize(settings: Settings) -> str:
-    """Export, add the LoRA inputs and the base's name, save."""
+    """Export, and count the sites for LoRA's A and B."""
+    targets = settings.finetune.target_modules
     with written_beside(ONNX) as folder:
         with quietly():
-            export(QUANTIZED, settings.optimize, settings.finetune.target_modules, folder)
-        graph = load_graph(folder)
-        graph.metadata_props[BASE] = settings.model.name  # for `lab adapt`
-        ir.save(graph, folder / LORA_GRAPH)
-        sites = len(lora_inputs(graph.graph)) // 2
+            export(QUANTIZED, settings.optimize, targets, folder, settings.model.name)
+        sites = len(lora_inputs(load_graph(folder).graph)) // 2
     return f"{ONNX} ({in_megabytes(size_of(ONNX))}, {sites} projections take an adapter)"
 
 

@@ -69,12 +69,12 @@ class GenaiBuilder(Pass):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             checkpoint, built = Path(scratch, "checkpoint"), Path(scratch, "onnx")
-            embedding = for_the_builder(source, checkpoint)
+            embedding, modules = for_the_builder(source, checkpoint)
             build(checkpoint, built, "cuda" if on_cuda else "cpu", config.accuracy_level)
             for file in built.iterdir():
                 if file.is_file():
                     shutil.move(file, folder)
-        finish(folder / GRAPH, embedding, projections(source), windows(source))
+        finish(folder / GRAPH, embedding, modules, windows(source))
         keep_every_position(folder / "genai_config.json")
         limits = {"rope_switch": rope_switch(source)}
         (folder / LIMITS).write_text(json.dumps(limits) + "\n", encoding="utf-8")
@@ -102,8 +102,10 @@ def keep_every_position(genai_config: Path) -> None:
     genai_config.write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
-def for_the_builder(source: Path, target: Path) -> PackedEmbedding | None:
-    """Write the checkpoint as the builder reads it; return its embedding where that is packed.
+def for_the_builder(source: Path, target: Path) -> tuple[PackedEmbedding | None, list[str]]:
+    """Write the checkpoint as the builder reads it; return what of it the graph needs beside that.
+
+    That is its embedding, where it is packed, and the names of its projections.
 
     The builder knows no packed embedding, so it gets an empty one, to be replaced in the graph. It finds no
     head where Olive ties a packed one to the embedding, so that is written out. And it cuts the zero points
@@ -113,13 +115,13 @@ def for_the_builder(source: Path, target: Path) -> PackedEmbedding | None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     tensors = read_tensors(source)
     check_head(tensors, config, source)
-    embedding = take_embedding(tensors, config)
+    embedding, modules = take_embedding(tensors, config), projections(tensors)
     split_fused(tensors, config)
     # clones, as two names may not share memory in a file
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target / "model.safetensors")
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return embedding
+    return embedding, modules
 
 
 def take_embedding(tensors: Tensors, config: dict) -> PackedEmbedding | None:
@@ -176,9 +178,9 @@ def widths(fused: str, config: dict) -> list[int]:
     return [heads * size, keys, keys]
 
 
-def projections(checkpoint: Path) -> list[str]:
+def projections(tensors: Tensors) -> list[str]:
     """Return the names of a checkpoint's linear layers, as its modules are cut: what adapters may target."""
-    names = re.findall(r"layers\.\d+\.\w+\.(\w+)\.q?weight", "\n".join(read_tensors(checkpoint)))
+    names = re.findall(r"layers\.\d+\.\w+\.(\w+)\.q?weight", "\n".join(tensors))
     return sorted({name for name in names if name.endswith("_proj")})
 
 

@@ -22,7 +22,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
 from stages.errors import UserError
-from stages.lora_inputs import FUSED, LORA_GRAPH
+from stages.lora_inputs import BASE, FUSED, LORA_GRAPH
 
 PROJECTION = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+)/MatMul")
 # operators that treat every token alike, so that [tokens, width] suits them as well as [batch, tokens, width]
@@ -49,7 +49,10 @@ class LoraGraph(Pass):
                 type_=list[str],
                 default_value=None,
                 description="modules that adapters may target; all projections by default",
-            )
+            ),
+            "base": PassConfigParam(
+                type_=str, default_value="", description="the base model's name, for `lab adapt`"
+            ),
         }
 
     def _run_for_config(self, model: ONNXModelHandler, config, output_model_path):
@@ -61,6 +64,7 @@ class LoraGraph(Pass):
         # CUDA's Gemm does not promise anything for rank 0
         form = "gemm" if on_cpu and can_flatten(graph.graph) else "add"
         add_inputs(graph.graph, config.target_modules, form)
+        graph.metadata_props[BASE] = config.base
         ir.save(graph, folder / LORA_GRAPH)
         return ONNXModelHandler(folder, onnx_file_name=source.name)
 
