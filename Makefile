@@ -36,8 +36,11 @@ help: ## print this list
 
 setup: check-extra $(STAMP) ## make .venv and install the locked packages (free the second time)
 
-# Stops before anything is installed over the other runtime's files.
+# Stops before anything is installed over the other runtime's files, or run from another folder.
 check-extra:
+	@made="$$(cat $(STAMP) 2>/dev/null)"; if [ -n "$$made" ] && [ "$$made" != "$(CURDIR)" ]; then \
+	  echo ".venv was made for $$made, whose commands it runs: rm -rf .venv, then make setup" >&2; exit 1; \
+	fi
 	@case "$(EXTRA)" in \
 	  cpu) other="onnxruntime_gpu onnxruntime_genai_cuda" ;; \
 	  cuda) other="onnxruntime onnxruntime_genai" ;; \
@@ -67,7 +70,7 @@ $(STAMP): pyproject.toml $(LOCKS) | check-extra
 	@$(INSTALL) $(addprefix -r ,$(LOCKS))
 	@$(BIN)/python -m compileall -qq -j 0 -x '$(NEVER_IMPORTED)' .venv/lib || true  # templates are no Python
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 repro: setup ## run the whole pipeline (dvc repro), then show its metrics
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro

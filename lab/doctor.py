@@ -10,9 +10,11 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import typer
 
@@ -99,10 +101,17 @@ def gpu() -> str:
     return "; ".join(done.stdout.strip().splitlines())
 
 
+def folder() -> str:
+    """Name the folder: where its path is beyond ASCII, DVC cannot run experiments beside the workspace."""
+    here = str(Path.cwd())
+    remark = "" if here.isascii() else " (beyond ASCII: DVC fails with --temp and --queue here)"
+    return here + remark
+
+
 def disk() -> str:
     """Say how much room is left, in the workspace or the cache, whichever has less."""
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
+    need_to_write(cache)
     free = min(shutil.disk_usage(folder).free for folder in (cache, ".")) / 2**30
     if free < FREE_GIB:
         raise UserError(
@@ -111,12 +120,25 @@ def disk() -> str:
     return f"{free:.0f} GiB free"
 
 
+def need_to_write(cache: Path) -> None:
+    """Raise `UserError` where this user may not write the cache: the first result would fail there."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"DVC's cache {cache} cannot be written: {error.strerror}; "
+            "`dvc cache dir --local FOLDER` takes another"
+        ) from None
+
+
 def links() -> str:
     """Say how files come out of the cache: ONNX Runtime accepts no symlink and no hard link."""
     from dvc.repo import Repo
     from dvc_objects.fs.generic import test_links
 
-    cache_folder()  # says so where there is no repository
+    need_to_write(cache_folder())  # links are tried out there
     with Repo() as repo:
         odb = repo.cache.local
         wanted = odb.cache_types
@@ -181,6 +203,7 @@ HERE: dict[str, Callable[[], str]] = {
     "versions": versions,
     "cpu": cpu,
     "gpu": gpu,
+    "folder": folder,
     "disk": disk,
     "links": links,
     "settings": settings,

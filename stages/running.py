@@ -10,6 +10,7 @@ Those figures never repeat, so they are an output of their own, which only `repo
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -73,7 +74,7 @@ def one_line_errors(name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
     except Exception as error:
-        if reason := what_ran_out(error):
+        if reason := what_ran_out(error) or what_is_forbidden(error):
             sys.exit(f"{name}: {reason}")
         raise
 
@@ -86,6 +87,13 @@ def what_ran_out(error: Exception) -> str | None:
     """
     text = f"{type(error).__name__}: {error}"
     return next((advice for words, advice in RAN_OUT.items() if re.search(words, text)), None)
+
+
+def what_is_forbidden(error: Exception) -> str | None:
+    """Say which file this user may not read or write; None where it was something else."""
+    if getattr(error, "errno", None) not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return None
+    return f"{error.filename}: {error.strerror}: whose is it? this user has to read and write it"
 
 
 def be_quiet() -> None:

@@ -297,7 +297,7 @@ def settings(steps: int, size: int = BYTES) -> str:
 def small_pipeline(root: Path) -> Project:
     """Make a repository with a pipeline of two stages and this repository's DVC settings."""
     (root / ".dvc").mkdir(parents=True)
-    for name in (".dvc/config", ".dvc/.gitignore"):
+    for name in (".dvc/config", ".dvc/.gitignore", ".gitattributes"):
         shutil.copy(ROOT / name, root / name)
     (root / "dvc.yaml").write_text(DVC_YAML)
     (root / "make.py").write_text(MAKE_PY)

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, Project
 
 from lab.review import command
 from lab.review.changes import Metric
@@ -169,3 +169,12 @@ def test_a_failing_gate_ends_with_exit_code_1(changed):
     changed.dvc("repro")
     text = changed.python("lab.cli", "review", "HEAD", exits=1)
     assert "❌ **Gate recall_exact_match fails**: " in text
+
+
+def test_a_shallow_clone_is_told_how_to_get_what_to_compare_with(changed, tmp_path):
+    shallow = Project(tmp_path / "shallow")
+    changed.git("clone", "--quiet", "--depth", "1", f"file://{changed.root}", str(shallow.root))
+    said = shallow.python("lab.cli", "review", exits=1)
+    assert "this clone is shallow, `git fetch --unshallow` brings the commits before" in said
+    shallow.git("fetch", "--quiet", "--unshallow")
+    assert "evaluate.max_new_tokens" in shallow.python("lab.cli", "review")

@@ -26,6 +26,7 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't al
         (RuntimeError(ALLOCATOR), MEMORY),
         (RuntimeError("Failed to allocate memory for requested buffer of size 8"), MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MEMORY),
+        (PermissionError(errno.EACCES, "Permission denied", "models"), "models: Permission denied"),
         (KeyboardInterrupt(), "interrupted"),
     ],
 )

@@ -18,6 +18,8 @@ from stages.params import flat, values_of
 
 WORKSPACE = "workspace"
 METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")
+MAIN = ("origin/main", "main", "origin/HEAD", "master")  # what it may be called
+FETCH_ALL = "this clone is shallow, `git fetch --unshallow` brings the commits before"
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,11 @@ class Revision:
 
 def find_base(given: str | None) -> Revision:
     """Return what to compare with: what was given, else where this branch left main, else the last commit."""
-    for name in [given] if given else ["origin/main", "main"]:
+    for name in (given,) if given else MAIN:
         if _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").returncode == 0:
             return Revision(name) if given else _fork_point(name)
-    raise UserError(
-        f"{given or 'main'} is no commit of this repository: give one, as in `lab review HEAD~1`"
-    )
+    way_out = FETCH_ALL if _shallow() else "give one, as in `lab review HEAD~1`"
+    raise UserError(f"{given or 'main'} is no commit of this repository: {way_out}")
 
 
 def _fork_point(branch: str) -> Revision:
@@ -97,7 +98,14 @@ def _fork_point(branch: str) -> Revision:
         return Revision(_git("rev-parse", "--short", base).stdout.strip())
     dirty = _git("status", "--porcelain", "--untracked-files=no").stdout.strip()
     parent = _git("rev-parse", "--verify", "--quiet", "HEAD~1").returncode == 0
+    if not dirty and not parent and _shallow():
+        raise UserError(f"there is nothing to compare with: {FETCH_ALL}")
     return Revision("HEAD" if dirty or not parent else "HEAD~1")
+
+
+def _shallow() -> bool:
+    """Say whether the clone lacks commits that the repository has."""
+    return _git("rev-parse", "--is-shallow-repository").stdout.strip() == "true"
 
 
 def describe(revision: Revision) -> str:

@@ -62,3 +62,12 @@ def test_a_clock_that_is_wrong_is_found_in_a_refusal(monkeypatch):
     monkeypatch.setattr(doctor, "HEARD", {"Date": an_hour_ago})
     with pytest.raises(UserError, match="s off the remote's: Azure will refuse signatures"):
         doctor.clock()
+
+
+def test_a_cache_that_cannot_be_written(laptop, tmp_path):
+    (tmp_path / "file").touch()
+    with (laptop.root / ".dvc/config.local").open("a") as settings:
+        settings.write(f"[cache]\n    dir = {tmp_path}/file/cache\n")
+    fault = f"DVC's cache {tmp_path}/file/cache cannot be written: Not a directory"
+    assert fault in lab(laptop, "doctor", exits=1)
+    assert fault in lab(laptop, "run", exits=1)
