@@ -27,6 +27,7 @@ RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "neon")
 FREE_GIB = 2  # a run of the default model writes about 1 GiB
 SKEW_SECONDS = 300  # Azure refuses a signature that is 15 minutes off
+SAID: set[str] = set()  # one cause can be found by several checks
 HEARD: dict[str, str] = {}  # headers of the remote's answer, which may be a refusal
 
 
@@ -46,7 +47,8 @@ def report(name: str, check: Callable[[], str]) -> bool:
     try:
         print(f"ok    {name:10} {check()}", flush=True)
     except UserError as error:
-        print(f"WRONG {name:10} {error}", flush=True)
+        print(f"WRONG {name:10} {'as above' if str(error) in SAID else error}", flush=True)
+        SAID.add(str(error))
         return False
     return True
 

@@ -197,7 +197,7 @@ def cache_folder() -> Path:
         with Repo() as repo:
             return Path(repo.cache.legacy.path)
     except DvcException as error:
-        raise UserError(f"DVC has no cache here: {' '.join(str(error).split())}") from None
+        raise UserError(remote.complaint(error)) from None
 
 
 def md5_of_file(file: Path) -> str:

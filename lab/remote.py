@@ -144,11 +144,28 @@ def load() -> Remote:
         refuse_versions(repo.config["remote"][found.name])
         container, _, prefix = found.path.strip("/").partition("/")
         check_names(found.fs.fs_args["account_name"], container)
+        check_sas(found.fs.fs_args["sas_token"])
         return Remote(container, prefix, found.fs.fs_args)
     except AuthError as error:
         raise UserError(f"{' '.join(str(error).split())} lab remote setup asks for it") from None
     except (DvcException, ValueError) as error:
-        raise UserError(f"DVC has no usable remote: {' '.join(str(error).split())}") from None
+        raise UserError(complaint(error)) from None
+
+
+def complaint(error: Exception) -> str:
+    """Return in one line what DVC says of its settings, or what is wrong with the remote's url.
+
+    Of a url that it does not know, DVC would name the keys beside it, which are right.
+    """
+    from dvc.config import ConfigError
+
+    url = (configured("url") or "") if isinstance(error, ConfigError) else ""
+    if url and not re.match("azure://[^/]", url):
+        shown = re.sub(r"\?.+", "?...", url)  # there may be a SAS token
+        return (
+            f"the remote's url is {shown!r}: must be azure://CONTAINER or azure://CONTAINER/FOLDER"
+        )
+    return f"DVC's settings: {' '.join(str(error).split())}"
 
 
 def refuse_versions(settings: Mapping[str, Any]) -> None:
@@ -171,9 +188,19 @@ def check_names(account: str | None, container: str) -> None:
         )
 
 
+def check_sas(token: str | None) -> None:
+    """Raise `UserError` for the URL that Azure's portal shows beside the token."""
+    if token and "://" in token:
+        raise UserError("sas_token is a whole URL: the token is what follows its question mark")
+
+
 def configure(values: dict[str, str | None], *, local: bool) -> None:
     """Set, or unset where None, options of the default remote: `local` for what git must not see."""
     config = open_settings(local)
+    file = Path(config.filename)
+    file.touch(mode=0o644)
+    if local:
+        file.chmod(0o600)  # for nobody else's eyes, however it came to be
     section = config.setdefault(f'remote "{NAME}"', {})
     for key, value in values.items():
         if value is None:
@@ -185,21 +212,27 @@ def configure(values: dict[str, str | None], *, local: bool) -> None:
     config.write()
 
 
+def configured(key: str) -> str | None:
+    """Return an option of the default remote: this machine's own, or everybody's."""
+    return configured_here(key) or _section(local=False).get(key)
+
+
 def configured_here(key: str) -> str | None:
     """Return an option of the default remote that this machine alone has."""
-    return open_settings(local=True).get(f'remote "{NAME}"', {}).get(key)
+    return _section(local=True).get(key)
+
+
+def _section(local: bool) -> Mapping[str, Any]:
+    return open_settings(local).get(f'remote "{NAME}"', {})
 
 
 def open_settings(local: bool) -> ConfigObj:
-    """Open DVC's settings; the local ones are for nobody else's eyes, however they came to be."""
+    """Read DVC's settings: everybody's, or this machine's own."""
     from configobj import ConfigObj
 
     file = Path(".dvc/config.local" if local else ".dvc/config")
     if not file.parent.is_dir():
         raise UserError("no .dvc here: run it in the repository's root")
-    file.touch(mode=0o600 if local else 0o644)
-    if local:
-        file.chmod(0o600)
     return ConfigObj(str(file), encoding="utf-8")
 
 

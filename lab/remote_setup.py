@@ -59,7 +59,8 @@ def setup(
     remote.check_names(account, container)
     secrets = dict.fromkeys(remote.SECRETS)
     if option := OPTION[sign_in]:
-        secrets[option] = read_secret(sign_in.value.replace("-", " "))
+        secret = read_secret(sign_in.value.replace("-", " "))
+        secrets[option] = token_of(secret) if sign_in is SignIn.SAS else secret
     with remote.undone_on_error():
         remote.configure({"url": f"azure://{container}", "account_name": account}, local=False)
         remote.configure(secrets, local=True)
@@ -87,9 +88,15 @@ def read_secret(words: str) -> str:
     """Read a secret without showing it, from the terminal or from standard input."""
     on_terminal = sys.stdin.isatty()
     secret = typer.prompt(words, hide_input=True) if on_terminal else sys.stdin.readline()
-    if not secret.strip():
+    secret = secret.strip().strip("'\"")  # as people copy it
+    if not secret:
         raise UserError(f"no {words} given: pipe it to standard input, or answer the prompt")
-    return secret.strip()
+    return secret
+
+
+def token_of(secret: str) -> str:
+    """Return a SAS token, also of the whole URL that Azure's portal shows beside it."""
+    return secret.partition("?")[2] if "://" in secret else secret
 
 
 def prove() -> None:

@@ -59,9 +59,10 @@ def online(clone, reaches_azure) -> Project:
 def test_setup_with_a_key_or_a_sas(kind, option, words, online):
     sas = account_sas("racwdl", azure.REMOTE, azure.KEY)
     secret = {"key": azure.KEY, "sas": sas}[kind]
+    pasted = {"key": f'"{azure.KEY}"', "sas": f"https://somelab.blob.core.windows.net/?{sas}"}[kind]
     setup = ["remote", "setup", "--account", azure.REMOTE, "--container", f"with-{kind}"]
     command = [sys.executable, "-m", "lab.cli", *setup, "--sign-in", kind]
-    said = online.run(*command, says=f"{secret}\n")
+    said = online.run(*command, says=f"{pasted}\n")
     assert f"container created in account {azure.REMOTE}" in said
     assert f"Signed in with {words}; wrote, read and deleted a blob" in said
     assert secret not in said
