@@ -7,6 +7,7 @@ dies with the DVC that runs it. It looks for no garbage among what it imports, s
 
 import gc
 import os
+import signal
 import sys
 import time
 
@@ -16,6 +17,8 @@ STARTED = time.monotonic()
 if sys.argv[0] == "-m":  # `python -m stages.quantize`: Python is still looking for the module
     die_with_dvc()
     gc.disable()
+    # while it imports, too, Ctrl-C ends it with one word
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
 for _switch in (
     "DO_NOT_TRACK",
     "HF_HUB_DISABLE_TELEMETRY",

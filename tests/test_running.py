@@ -1,9 +1,12 @@
 """How stages end: what a user can put right is one line, a bug is a traceback."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import SafetensorError
 
 from stages.errors import UserError
@@ -76,3 +79,9 @@ def test_what_a_stage_made_can_be_read_by_those_who_may_read_the_users_files(tmp
         (folder / "model.safetensors").touch(mode=0o600)
     made = (tmp_path / "made/model.safetensors").stat().st_mode
     assert made == (tmp_path / "usual").stat().st_mode
+
+
+def test_ctrl_c_while_a_stage_still_imports_is_one_word():
+    begins = "import os, signal, sys; sys.argv = ['-m']; import stages; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", begins], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "interrupted\n")
