@@ -36,6 +36,8 @@ def parse(text: str) -> Override:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
         raise UserError(f"-S {text}: cannot be read: {way_out(text)}") from None
+    if not override.key_or_group:
+        raise UserError(f"-S {text}: cannot be read: {way_out(text)}")
     if override.is_sweep_override():
         raise UserError(f"-S {text}: several values need a queue: dvc exp run --queue -S '{text}'")
     return override
@@ -44,10 +46,10 @@ def parse(text: str) -> Override:
 def way_out(text: str) -> str:
     """Say how an override that Hydra cannot read is written."""
     key, equals, value = text.partition("=")
-    if not equals:
+    if not equals or not key:
         return "write KEY=VALUE"
     if re.search(r"[^\w.@/+~:]", key):
-        return f"{key!r} is no key; did you mean {key.replace('-', '_')}?"
+        return f"{key!r} is no key; did you mean {key.lstrip('-').replace('-', '_')}?"
     escaped = value.strip("'\"").replace("'", "\\'")
     return f"quote the value twice, for the shell and for Hydra: -S \"{key}='{escaped}'\""
 

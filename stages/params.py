@@ -126,8 +126,10 @@ def values_of(text: str) -> Values:
 
 def in_one_line(error: Exception) -> str:
     """Return the first lines of Hydra's and OmegaConf's messages, which go on with tracebacks."""
-    cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-    return " ".join(line.strip() for line in str(cause).splitlines()[:2])
+    ours = error
+    while ours is not None and not isinstance(ours, UserError):
+        ours = ours.__cause__ or ours.__context__
+    return " ".join(line.strip() for line in str(ours or error).splitlines()[:2])
 
 
 def main() -> None:

@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from yaml import YAMLError
 
 from stages.conf import digest
@@ -23,6 +31,16 @@ from stages.errors import UserError
 PARAMS = Path("params.yaml")
 COMPOSE = "run `python -m stages.params`, which composes it from conf/"
 
+
+def _whole(value: Any) -> Any:
+    """Refuse 4.0 and true, which Python holds to be equal to 4 and 1."""
+    if isinstance(value, bool | float):
+        raise ValueError("must be a whole number, written without a point")
+    return value
+
+
+Whole = BeforeValidator(_whole)  # for a Literal of integers
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy takes no larger one
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -105,7 +123,7 @@ class Data(Section):
     validation_groups: NotNegative
     validation_share: Annotated[float, Field(gt=0, lt=1)]
     test_share: Annotated[float, Field(gt=0, lt=1)]
-    seed: NotNegative
+    seed: Seed
 
     @model_validator(mode="after")
     def leaves_something_to_train_on(self) -> Data:
@@ -118,18 +136,18 @@ class Quantize(Section):
     """conf/quantize: how weights become 4-bit."""
 
     method: Literal["awq", "rtn"]
-    bits: Literal[4, 8]
+    bits: Annotated[Literal[4, 8], Whole]
     group_size: Positive
     symmetric: bool
-    lm_head_bits: Literal[4, 8, 16]
-    embedding_bits: Literal[4, 8, 16]
+    lm_head_bits: Annotated[Literal[4, 8, 16], Whole]
+    embedding_bits: Annotated[Literal[4, 8, 16], Whole]
     eight_bit_modules: list[str]
     scale_grid: Positive
     calibration_sequences: Positive
     calibration_length: Annotated[int, Field(ge=16, multiple_of=4)]
     self_text_share: Annotated[float, Field(ge=0, le=1)]
     perplexity_sequences: NotNegative
-    seed: NotNegative
+    seed: Seed
 
     @field_validator("group_size")
     @classmethod
@@ -166,14 +184,14 @@ class Finetune(Section):
     validation_rows: Positive
     base: Literal["dequantized", "packed"]
     gradient_checkpointing: bool
-    seed: NotNegative
+    seed: Seed
 
 
 class Optimize(Section):
     """conf/optimize: for which execution provider the ONNX graphs are built."""
 
     execution_provider: Literal["cpu", "cuda"]
-    accuracy_level: Literal[1, 4] | None
+    accuracy_level: Annotated[Literal[1, 4] | None, Whole]
 
     @model_validator(mode="after")
     def has_kernels(self) -> Optimize:
@@ -217,7 +235,7 @@ class Evaluate(Section):
     long_prompt_tokens: Positive
     speed: Speed
     gates: dict[str, Gate]
-    seed: NotNegative
+    seed: Seed
 
 
 class Settings(Section):
@@ -229,7 +247,7 @@ class Settings(Section):
     finetune: Finetune
     optimize: Optimize
     evaluate: Evaluate
-    seed: NotNegative
+    seed: Seed
     conf_digest: str
 
 
@@ -271,7 +289,7 @@ def _describe(error: dict[str, Any]) -> str:
     where = [str(part) for part in error["loc"]]
     if where[:2] == ["model", "source"]:  # pydantic puts the kind of source between the keys
         del where[2:3]
-    key = ".".join(part for part in where if part != "literal['all-linear']")
+    key = ".".join(part for part in where if part not in ("literal['all-linear']", "list[str]"))
     if error["type"] == "extra_forbidden":
         return f"{key} is not a known key (see conf/{key.split('.')[0]}/)"
     if error["type"] == "missing":
