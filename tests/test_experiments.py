@@ -1,6 +1,7 @@
 """Experiments: shown with the columns that decide, promoted into conf/ with their results."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,17 @@ def test_promoting_loses_no_work_and_names_what_stands_in_the_way(tried):
     tried.commit()
     late = tried.python("lab.cli", "promote", "shorter", exits=1)
     assert "was run on commit" in late
+
+
+def test_promoting_without_a_git_identity_is_refused_before_anything_changes(tried):
+    tried.git("config", "user.useConfigOnly", "true")
+    nobody = [
+        f"--unset=GIT_{who}_{what}" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    ]
+    promote = [sys.executable, "-m", "lab.cli", "promote", "shorter"]
+    output = tried.run("env", *nobody, *promote, exits=1)
+    assert output.startswith("lab: git does not know who commits: git config user.name")
+    assert tried.git("status", "--short") == ""
 
 
 @pytest.mark.slow

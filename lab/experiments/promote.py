@@ -41,6 +41,8 @@ def promote(
     commit: Annotated[bool, typer.Option(help="Commit the result.")] = True,
 ) -> None:
     """Make an experiment the default. Its parameters go into conf/, its results come along."""
+    if commit:
+        need_identity()
     found = find(experiment)
     refuse_to_overwrite(found)
     refuse_without_results(found)
@@ -53,6 +55,15 @@ def promote(
     if commit:
         git("commit", "--quiet", "--message", message(found, changes))
         print(f"committed as {git('rev-parse', '--short', 'HEAD')}")
+
+
+def need_identity() -> None:
+    """Raise where git has no name and address to commit with; it would say so after the work."""
+    if subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True).returncode:
+        raise UserError(
+            "git does not know who commits: git config user.name NAME, git config user.email ADDRESS, "
+            "or --no-commit"
+        )
 
 
 def find(name: str) -> Experiment:
@@ -132,18 +143,18 @@ def message(experiment: Experiment, changes: list[str]) -> str:
 
 def git(*words: str) -> str:
     """Run git and return what it said. Raises `UserError` with the reason."""
-    return _run("git", *words)
+    return _run(f"git {words[0]}", "git", *words)
 
 
 def dvc(*words: str) -> str:
     """Run DVC and return what it said. Raises `UserError` with the reason."""
-    return _run(sys.executable, "-m", "dvc", *words)
+    return _run(f"dvc {' '.join(words)}", sys.executable, "-m", "dvc", *words)
 
 
-def _run(*words: str) -> str:
+def _run(name: str, *words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["?"]
         errors = [line for line in said if line.startswith("ERROR: ")]  # below it DVC gives advice
-        raise UserError(f"{' '.join(words[-3:])}: {(errors or said)[-1].removeprefix('ERROR: ')}")
+        raise UserError(f"{name}: {(errors or said)[-1].removeprefix('ERROR: ')}")
     return done.stdout.strip()
