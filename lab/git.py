@@ -17,3 +17,11 @@ def git_output(*words: str) -> str:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, without a word"]
         raise UserError(f"git {words[0]}: {said[-1]}")
     return done.stdout.strip()
+
+
+def need_identity() -> None:
+    """Raise `UserError` where git has no name and address to sign with; it would say so after the work."""
+    if subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True).returncode:
+        raise UserError(
+            "git does not know who you are: git config user.name NAME, git config user.email ADDRESS"
+        )

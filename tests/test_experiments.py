@@ -104,7 +104,7 @@ def test_promoting_without_a_git_identity_is_refused_before_anything_changes(tri
     ]
     promote = [sys.executable, "-m", "lab.cli", "promote", "shorter"]
     output = tried.run("env", *nobody, *promote, exits=1)
-    assert output.startswith("lab: git does not know who commits: git config user.name")
+    assert output.startswith("lab: git does not know who you are: git config user.name")
     assert tried.git("status", "--short") == ""
 
 

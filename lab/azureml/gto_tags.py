@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from lab.git import git_output
+from lab.git import git_output, need_identity
 from stages.errors import UserError
 
 SHARE = "dvc push && git push --tags shares it"
@@ -21,6 +21,7 @@ SHARE = "dvc push && git push --tags shares it"
 
 def register(name: str, version: int | None, tags: dict[str, str]) -> None:
     """Tag HEAD as a version of the model and of its adapter; goes on where an earlier run broke off."""
+    need_identity()
     known = {each: registered(each) for each in artifacts_of(name)}
     content = tags["content_sha256"]
     number = version or version_of(content, known)

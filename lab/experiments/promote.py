@@ -21,6 +21,7 @@ import yaml
 from dvc.repo import Repo
 
 from lab.experiments.edits import write_into
+from lab.git import need_identity
 from stages import params
 from stages.errors import UserError
 
@@ -55,15 +56,6 @@ def promote(
     if commit:
         git("commit", "--quiet", "--message", message(found, changes))
         print(f"committed as {git('rev-parse', '--short', 'HEAD')}")
-
-
-def need_identity() -> None:
-    """Raise where git has no name and address to commit with; it would say so after the work."""
-    if subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True).returncode:
-        raise UserError(
-            "git does not know who commits: git config user.name NAME, git config user.email ADDRESS, "
-            "or --no-commit"
-        )
 
 
 def find(name: str) -> Experiment:
