@@ -14,7 +14,9 @@ import torch
 
 from stages.passes.awq_search import Grid
 
-DAMPING = 0.02  # of H's mean diagonal: keeps H⁻¹ tame where calibration saw few tokens
+# of H's mean diagonal: keeps H⁻¹ tame where calibration saw few tokens. Of RTN's loss on prose, 0.1 recovered
+# 67 to 76 % with 16 sequences (four draws of the model's own text), 0.02 66 to 72 % (six)
+DAMPING = 0.1
 # how far a group's lower and upper end shrink before rounding: clipping, judged by the cost above
 SHRINKS = [(1 - a / 20, 1 - b / 20) for a in range(7) for b in range(7) if abs(a - b) < 2]
 
