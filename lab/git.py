@@ -20,8 +20,12 @@ def git_output(*words: str) -> str:
 
 
 def need_identity() -> None:
-    """Raise `UserError` where git has no name and address to sign with; it would say so after the work."""
-    if subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True).returncode:
+    """Raise `UserError` where git has no name and address to sign with; it would say so after the work.
+
+    What git makes up of user and host does not count: gto does not take it.
+    """
+    asked = ["git", "-c", "user.useConfigOnly=true", "var", "GIT_COMMITTER_IDENT"]
+    if subprocess.run(asked, capture_output=True).returncode:
         raise UserError(
             "git does not know who you are: git config user.name NAME, git config user.email ADDRESS"
         )

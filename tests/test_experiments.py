@@ -98,7 +98,6 @@ def test_promoting_loses_no_work_and_names_what_stands_in_the_way(tried):
 
 
 def test_promoting_without_a_git_identity_is_refused_before_anything_changes(tried):
-    tried.git("config", "user.useConfigOnly", "true")
     nobody = [
         f"--unset=GIT_{who}_{what}" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
     ]
