@@ -149,9 +149,9 @@ def end(process: psutil.Process) -> None:
 
 def lend_settings(words: str) -> None:
     """Make the local DVC config name the emulator; keep the developer's own connection string."""
-    from lab.remote import configure, configured_here
+    from lab.remote import configure, configured
 
-    own = configured_here("connection_string")
+    own = configured("connection_string", local=True)
     if own and not on_loopback(own):
         PREVIOUS.touch(mode=0o600)
         PREVIOUS.write_text(own, encoding="utf-8")
@@ -160,9 +160,9 @@ def lend_settings(words: str) -> None:
 
 def give_settings_back() -> None:
     """Put the developer's own connection string back, if there was one; leave one alone that is not ours."""
-    from lab.remote import configure, configured_here
+    from lab.remote import configure, configured
 
-    if on_loopback(configured_here("connection_string") or ""):
+    if on_loopback(configured("connection_string", local=True) or ""):
         own = PREVIOUS.read_text(encoding="utf-8") if PREVIOUS.exists() else None
         configure({"connection_string": own}, local=True)
     PREVIOUS.unlink(missing_ok=True)

@@ -112,9 +112,7 @@ def folder() -> str:
 
 def disk() -> str:
     """Say how much room is left, in the workspace or the cache, whichever has less."""
-    cache = cache_folder()
-    need_to_write(cache)
-    free = min(shutil.disk_usage(folder).free for folder in (cache, ".")) / 2**30
+    free = min(shutil.disk_usage(place).free for place in (writable_cache(), ".")) / 2**30
     if free < FREE_GIB:
         raise UserError(
             f"only {free:.1f} GiB of disk are free, a run needs {FREE_GIB}: dvc gc -w frees some"
@@ -122,8 +120,9 @@ def disk() -> str:
     return f"{free:.0f} GiB free"
 
 
-def need_to_write(cache: Path) -> None:
-    """Raise `UserError` where this user may not write the cache: the first result would fail there."""
+def writable_cache() -> Path:
+    """Return DVC's cache. Raises `UserError` where this user may not write: the first result would fail."""
+    cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -133,6 +132,7 @@ def need_to_write(cache: Path) -> None:
             f"DVC's cache {cache} cannot be written: {error.strerror}; "
             "`dvc cache dir --local FOLDER` takes another"
         ) from None
+    return cache
 
 
 def links() -> str:
@@ -140,7 +140,7 @@ def links() -> str:
     from dvc.repo import Repo
     from dvc_objects.fs.generic import test_links
 
-    need_to_write(cache_folder())  # links are tried out there
+    writable_cache()  # links are tried out there
     with Repo() as repo:
         odb = repo.cache.local
         wanted = odb.cache_types

@@ -14,7 +14,9 @@ def git_output(*words: str) -> str:
     """Return what a git command prints. Raises `UserError` with its last words."""
     done = subprocess.run(["git", *words], capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, without a word"]
+        said = (done.stderr or done.stdout).strip().splitlines() or [
+            f"exit code {done.returncode}, without a word"
+        ]
         raise UserError(f"git {words[0]}: {said[-1]}")
     return done.stdout.strip()
 

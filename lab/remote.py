@@ -159,13 +159,22 @@ def complaint(error: Exception) -> str:
     """
     from dvc.config import ConfigError
 
-    url = (configured("url") or "") if isinstance(error, ConfigError) else ""
+    url = typed_url() if isinstance(error, ConfigError) else ""
     if url and not re.match("azure://[^/]", url):
         shown = re.sub(r"\?.+", "?...", url)  # there may be a SAS token
         return (
             f"the remote's url is {shown!r}: must be azure://CONTAINER or azure://CONTAINER/FOLDER"
         )
     return f"DVC's settings: {' '.join(str(error).split())}"
+
+
+def typed_url() -> str:
+    """Return the remote's url as it was typed, nothing where DVC's settings cannot be parsed."""
+    from configobj import ConfigObjError
+
+    with contextlib.suppress(ConfigObjError):
+        return configured("url", local=True) or configured("url", local=False) or ""
+    return ""
 
 
 def refuse_versions(settings: Mapping[str, Any]) -> None:
@@ -212,18 +221,9 @@ def configure(values: dict[str, str | None], *, local: bool) -> None:
     config.write()
 
 
-def configured(key: str) -> str | None:
-    """Return an option of the default remote: this machine's own, or everybody's."""
-    return configured_here(key) or _section(local=False).get(key)
-
-
-def configured_here(key: str) -> str | None:
-    """Return an option of the default remote that this machine alone has."""
-    return _section(local=True).get(key)
-
-
-def _section(local: bool) -> Mapping[str, Any]:
-    return open_settings(local).get(f'remote "{NAME}"', {})
+def configured(key: str, *, local: bool) -> str | None:
+    """Return an option of the default remote as it was typed; `local`: what this machine alone has."""
+    return open_settings(local).get(f'remote "{NAME}"', {}).get(key)
 
 
 def open_settings(local: bool) -> ConfigObj:

@@ -350,9 +350,12 @@ def colleague(laptop, pushed, tmp_path) -> Project:
     return pushed.connect(cloned(laptop, tmp_path / "colleague"))
 
 
-def cloned(project: Project, root: Path) -> Project:
-    """Return what `git clone` makes: no cache, no outputs, no local settings."""
-    project.git("clone", "--quiet", str(project.root), str(root))
+def cloned(project: Project, root: Path, *options: str) -> Project:
+    """Return what `git clone` makes: no cache, no outputs, no local settings.
+
+    It speaks the protocol of a server: a path alone would be copied, whatever --depth says.
+    """
+    project.git("clone", "--quiet", *options, f"file://{project.root}", str(root))
     return Project(root)
 
 

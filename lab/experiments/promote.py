@@ -21,7 +21,7 @@ import yaml
 from dvc.repo import Repo
 
 from lab.experiments.edits import write_into
-from lab.git import need_identity
+from lab.git import git_output, need_identity
 from stages import params
 from stages.errors import UserError
 
@@ -54,15 +54,15 @@ def promote(
     for change in changes:
         print(change)
     if commit:
-        git("commit", "--quiet", "--message", message(found, changes))
-        print(f"committed as {git('rev-parse', '--short', 'HEAD')}")
+        git_output("commit", "--quiet", "--message", message(found, changes))
+        print(f"committed as {git_output('rev-parse', '--short', 'HEAD')}")
 
 
 def find(name: str) -> Experiment:
     """Find an experiment by its name. Raises `UserError` when there is none, or more than one."""
-    refs = git("for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    refs = git_output("for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
     named = [ref.split("/") for ref in refs if ref.endswith(f"/{name}") and ref.count("/") == 4]
-    head = git("rev-parse", "HEAD")
+    head = git_output("rev-parse", "HEAD")
     found = [Experiment(name, "/".join(parts), parts[2] + parts[3]) for parts in named]
     here = [experiment for experiment in found if experiment.baseline == head]
     if not found:
@@ -78,9 +78,9 @@ def find(name: str) -> Experiment:
 
 def refuse_edited_code(experiment: Experiment) -> None:
     """Raise if the experiment ran with other edits than of parameters: a commit of ours lacks them."""
-    files = git("diff", "--name-only", "--relative", experiment.baseline, experiment.ref).split(
-        "\n"
-    )
+    files = git_output(
+        "diff", "--name-only", "--relative", experiment.baseline, experiment.ref
+    ).split("\n")
     if edited := [file for file in filter(None, files) if file.partition("/")[0] not in OURS]:
         raise UserError(
             f"{experiment.name} ran with an edited {', '.join(edited[:3])}: "
@@ -90,7 +90,7 @@ def refuse_edited_code(experiment: Experiment) -> None:
 
 def refuse_to_overwrite(experiment: Experiment) -> None:
     """Raise unless what git tracks is as it was committed."""
-    if dirty := git("status", "--porcelain", "--untracked-files=no"):
+    if dirty := git_output("status", "--porcelain", "--untracked-files=no"):
         changed = ", ".join(line[2:].strip() for line in dirty.splitlines()[:3])
         raise UserError(
             f"uncommitted changes ({changed}): commit them, or `git restore .`, "
@@ -103,7 +103,7 @@ def refuse_without_results(experiment: Experiment) -> None:
     with Repo() as repo, repo.switch(experiment.ref):
         missing = [str(o) for o in repo.index.outs if o.use_cache and o.changed_cache()]
     if missing:
-        remote = (git("remote").splitlines() or ["GIT_REMOTE"])[0]
+        remote = (git_output("remote").splitlines() or ["GIT_REMOTE"])[0]
         raise UserError(
             f"{', '.join(missing[:3])} of {experiment.name} are not in this clone's cache: "
             f"`lab dvc exp pull {remote} {experiment.name}` brings them, or run it again"
@@ -112,7 +112,7 @@ def refuse_without_results(experiment: Experiment) -> None:
 
 def parameters(experiment: Experiment) -> dict[str, Any]:
     """Return the parameters that the experiment ran with."""
-    return yaml.safe_load(git("show", f"{experiment.ref}:params.yaml"))
+    return yaml.safe_load(git_output("show", f"{experiment.ref}:params.yaml"))
 
 
 def apply(experiment: Experiment, conf: Path) -> None:
@@ -122,9 +122,10 @@ def apply(experiment: Experiment, conf: Path) -> None:
         shutil.copytree(conf, params.CONF, dirs_exist_ok=True)
         params.PARAMS.write_text(params.compose(), encoding="utf-8")
         dvc("repro", "params")
-        git("add", "--", *OURS)
+        git_output("add", "--", *OURS)
     except BaseException:
-        git("reset", "--quiet", "--hard", "HEAD")  # nothing was uncommitted: refuse_to_overwrite
+        # nothing was uncommitted: refuse_to_overwrite
+        git_output("reset", "--quiet", "--hard", "HEAD")
         raise
 
 
@@ -133,20 +134,11 @@ def message(experiment: Experiment, changes: list[str]) -> str:
     return "\n".join([f"Promote experiment {experiment.name}", "", *changes])
 
 
-def git(*words: str) -> str:
-    """Run git and return what it said. Raises `UserError` with the reason."""
-    return _run(f"git {words[0]}", "git", *words)
-
-
-def dvc(*words: str) -> str:
-    """Run DVC and return what it said. Raises `UserError` with the reason."""
-    return _run(f"dvc {' '.join(words)}", sys.executable, "-m", "dvc", *words)
-
-
-def _run(name: str, *words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True)
+def dvc(*words: str) -> None:
+    """Run DVC. Raises `UserError` with the reason why it fails."""
+    done = subprocess.run([sys.executable, "-m", "dvc", *words], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["?"]
         errors = [line for line in said if line.startswith("ERROR: ")]  # below it DVC gives advice
-        raise UserError(f"{name}: {(errors or said)[-1].removeprefix('ERROR: ')}")
-    return done.stdout.strip()
+        reason = (errors or said)[-1].removeprefix("ERROR: ")
+        raise UserError(f"dvc {' '.join(words)}: {reason}")

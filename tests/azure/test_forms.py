@@ -54,3 +54,10 @@ def test_a_name_that_cannot_be_one_is_named_and_not_looked_up(settings, fault, l
     assert said.count(fault) == 1
     assert "sig=x" not in said
     assert "Traceback" not in said
+
+
+def test_settings_that_cannot_be_parsed_are_said_in_dvcs_words(laptop):
+    (laptop.root / ".dvc/config.local").write_text("['remote \"azure\"'\n")
+    said = lab(laptop, "doctor", exits=1, soon=True)
+    assert "DVC's settings: " in said
+    assert "Traceback" not in said

@@ -5,29 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from blob_service import Container, Project, lab, settings
+from blob_service import Container, Project, cloned, lab, settings
 from conftest import stages_that_ran
 
 pytestmark = pytest.mark.azure
 
 
-def clone(origin: Project, root: Path, *options: str) -> Project:
-    """Run `git clone`, through the protocol that a server speaks: a path alone would be copied."""
-    origin.git("clone", "--quiet", *options, f"file://{origin.root}", str(root))
-    return Project(root)
-
-
 def shallow(origin: Project, root: Path) -> Project:
-    return clone(origin, root, "--depth", "1")
+    return cloned(origin, root, "--depth", "1")
 
 
 def worktree(origin: Project, root: Path) -> Project:
-    clone(origin, root.with_name("main")).git("worktree", "add", "--quiet", "-b", "side", str(root))
+    cloned(origin, root.with_name("main")).git(
+        "worktree", "add", "--quiet", "-b", "side", str(root)
+    )
     return Project(root)
 
 
 def detached(origin: Project, root: Path) -> Project:
-    project = clone(origin, root)
+    project = cloned(origin, root)
     project.git("checkout", "--quiet", "--detach")
     return project
 
@@ -42,11 +38,11 @@ def submodule(origin: Project, root: Path) -> Project:
 
 
 def with_spaces_and_accents(origin: Project, root: Path) -> Project:
-    return clone(origin, root.with_name("un été à la mer, 100 %"))
+    return cloned(origin, root.with_name("un été à la mer, 100 %"))
 
 
 def with_line_ends_of_windows(origin: Project, root: Path) -> Project:
-    return clone(origin, root, "--config", "core.autocrlf=true")
+    return cloned(origin, root, "--config", "core.autocrlf=true")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +81,7 @@ def test_a_clone_that_was_moved_goes_on_where_it_was(laptop, pushed, tmp_path):
 
 def test_a_cache_that_users_share_spares_them_the_remote(laptop, container, tmp_path):
     shared = f"[cache]\n    dir = {tmp_path}/shared\n    shared = group\n"
-    machines = [clone(laptop, tmp_path / name) for name in ("one", "other")]
+    machines = [cloned(laptop, tmp_path / name) for name in ("one", "other")]
     for machine in machines:
         (machine.root / ".dvc/config.local").write_text(container.settings() + shared)
     one, other = machines
