@@ -72,9 +72,9 @@ $(STAMP): pyproject.toml $(LOCKS) | check-extra
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@echo "$(CURDIR)" > $@
 
-repro: setup ## run the whole pipeline (dvc repro), then show its metrics
+repro: setup ## run the whole pipeline (dvc repro), then show its results
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
-	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc metrics show
+	@$(BIN)/lab results
 
 test: setup ## run the tests that need no Azure account and no GPU
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal --durations 30 -m "not azure and not gpu" $(PYTEST_ARGS)

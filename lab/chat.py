@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from lab.light_tokenizer import LightTokenizer
 from lab.text_stream import TextStream
 from stages.errors import UserError
 
@@ -84,13 +85,13 @@ class Speaker:
     """An ONNX model with the tokenizer and the chat template that training used."""
 
     def __init__(self, folder: Path, adapters: dict[str, Path]):
-        # imported here, as they take seconds: a mistake in the words is told at once
-        from stages.chats import load_tokenizer, prompt_ids
+        # imported here: a mistake in the words is told at once
+        from stages.chats import prompt_ids
         from stages.generation import OnnxModel
 
         self.prompt_ids = prompt_ids
         self.model = OnnxModel(folder, adapters)
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = LightTokenizer(folder)
 
     def say(self, messages: Messages, adapter: str | None, max_new_tokens: int) -> str:
         """Stream the answer to the terminal and return it; the whole conversation is read anew, so that no

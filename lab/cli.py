@@ -15,6 +15,7 @@ from stages.running import be_quiet, one_line_errors
 COMMANDS = {
     "chat": "lab.chat:chat",
     "adapt": "lab.adapt:adapt",
+    "results": "lab.results:results",
     "review": "lab.review.command:review",
     "exp": "lab.experiments.table:table",
     "promote": "lab.experiments.promote:promote",

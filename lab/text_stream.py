@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # only its name is needed, and it takes a second
+if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lab.light_tokenizer import LightTokenizer
 
 UNFINISHED = (
     "\N{REPLACEMENT CHARACTER}"  # how a tokenizer writes a character whose bytes have not all come
@@ -15,7 +17,7 @@ UNFINISHED = (
 class TextStream:
     """The text of one answer. A character is held back until its last token has come."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | LightTokenizer):
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.text = ""  # what push and flush have returned so far

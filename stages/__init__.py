@@ -2,7 +2,8 @@
 
 Importing this package turns telemetry off before any library can read its switch, and keeps the model hub
 for the stage that fetches: PEFT asks it about every base model that it saves an adapter of. A stage
-dies with the DVC that runs it. It looks for no garbage among what it imports, see `running.run`.
+dies with the DVC that runs it, and sees one GPU. It looks for no garbage among what it imports, see
+`running.run`.
 """
 
 import gc
@@ -11,11 +12,14 @@ import signal
 import sys
 import time
 
+from stages.machine import use_one_gpu
 from stages.parent import die_with_dvc
 
 STARTED = time.monotonic()
+GPU = ""  # which of several this stage uses
 if sys.argv[0] == "-m":  # `python -m stages.quantize`: Python is still looking for the module
     die_with_dvc()
+    GPU = use_one_gpu()
     gc.disable()
     # while it imports, too, Ctrl-C ends it with one word
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))

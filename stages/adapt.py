@@ -25,6 +25,7 @@ from stages.running import in_megabytes, run, size_of, written_beside
 from stages.settings import Settings
 
 ADAPTER = Path("models/adapter")
+QUANTIZED = Path("models/quantized")  # what PEFT computes with, for the proof
 ONNX = Path("models/onnx")
 ONNX_ADAPTER = Path("models/onnx_adapter")
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -92,11 +93,15 @@ class Piece:
 
 
 def adapt(settings: Settings) -> str:
-    """Read the adapter, lay it out as the graph wants it, check, save."""
+    """Read the adapter, lay it out as the graph wants it, prove that it does what PEFT does, save."""
+    from stages.proof import prove_adapter  # `lab adapt` needs no PyTorch, which takes seconds
+
     with written_beside(ONNX_ADAPTER) as folder:
         folder.mkdir()
-        inputs = convert(ADAPTER, ONNX, folder / "adapter.onnx_adapter")
-    return f"{ONNX_ADAPTER} ({in_megabytes(size_of(ONNX_ADAPTER))}, {inputs} inputs)"
+        file = folder / "adapter.onnx_adapter"
+        inputs = convert(ADAPTER, ONNX, file)
+        proven = prove_adapter(QUANTIZED, ADAPTER, ONNX, file)
+    return f"{ONNX_ADAPTER} ({in_megabytes(size_of(ONNX_ADAPTER))}, {inputs} inputs, {proven})"
 
 
 def convert(peft: Path, onnx: Path, target: Path) -> int:

@@ -143,8 +143,9 @@ def score(tokenizer, predictions: list[Row]) -> None:
     exact = has_exact_answers(predictions)
     for p in predictions:
         for name in summary.MODELS:
-            text = tokenizer.decode(p[name]["tokens"], skip_special_tokens=True)
-            p[name]["text"] = text.strip()
+            # of several end tokens, some are no special ones: their text would count as the answer's
+            said = p[name]["tokens"][: -1 if p[name]["ended"] else None]
+            p[name]["text"] = tokenizer.decode(said, skip_special_tokens=True).strip()
         p["scores"] = {name: scores_of(p[name], p, exact(p)) for name in summary.MODELS}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,6 +26,10 @@ if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
 import onnxruntime_genai as og
 
 LORA_GRAPH = "lora.onnx"
+# what the runtime says of files that were cut or edited; anything else is this machine's fault
+DAMAGED = (
+    "out of bounds|[Pp]arsing failed|JSON Error|failed to load external|[Nn]o such file|not exist"
+)
 
 
 def cores() -> int:
@@ -48,8 +53,19 @@ def open_model(folder: Path, graph: str) -> og.Model:
         config.overlay(json.dumps({"model": {"decoder": decoder}}))
         return og.Model(config)
     except Exception as error:  # the binding raises plain Exception
-        reason = str(error).splitlines()[0]
+        reason = plain(error)
+        if re.search(DAMAGED, reason):
+            raise UserError(
+                f"{folder} is damaged or incomplete ({reason}): `dvc checkout --force` brings DVC's files "
+                "back, copy others again"
+            ) from None
         raise UserError(f"{folder} cannot run on this machine: {reason}") from None
+
+
+def plain(error: Exception) -> str:
+    """Return a message of ONNX Runtime in one line, without the places in its C++ source."""
+    text = " ".join(str(error).split())
+    return re.sub(r"\S+\.(cc|h|cpp):\d+ (\w+ )?", "", text).strip() or type(error).__name__
 
 
 def refuse_links(folder: Path) -> None:
@@ -78,20 +94,23 @@ class OnnxModel:
         self.context_length = config["context_length"]
         self._pad = config["pad_token_id"]
         self.rope_switch = read_limits(folder)["rope_switch"]
-        self.tokenizer = og.Tokenizer(self.model)
-        self.ends = {int(token) for token in self.tokenizer.eos_token_ids}
+        ends = config["eos_token_id"]  # one, or several: any of them ends an answer
+        self.ends = set(ends) if isinstance(ends, list) else {ends}
         self._adapters = og.Adapters(self.model) if adapters else None
         for name, file in (adapters or {}).items():
             self._load(name, Path(file))
 
     def _load(self, name: str, file: Path) -> None:
         if not file.is_file():
-            raise UserError(f"adapter {name}: {file} does not exist")
+            wrong = "is a folder: name the file in it" if file.is_dir() else "does not exist"
+            raise UserError(f"adapter {name}: {file} {wrong}")
         try:
             self._adapters.load(str(file), name)
-        except Exception as error:  # the binding raises plain Exception
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"adapter {name}: {file} cannot be loaded: {reason}") from None
+        except Exception:  # the binding raises plain Exception, with a C++ signature for a message
+            raise UserError(
+                f"adapter {name}: {file} is not an ONNX Runtime adapter, or is damaged: "
+                "`lab adapt PEFT_DIR` makes one, `dvc checkout --force` brings ours back"
+            ) from None
         self._check_fits(name, file)
 
     def _check_fits(self, name: str, file: Path) -> None:
@@ -100,10 +119,9 @@ class OnnxModel:
         try:
             generator.append_tokens(np.array([[0]], dtype=np.int32))
         except Exception as error:  # the binding raises plain Exception
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"adapter {name}: {file} is not made for this model ({reason}): "
-                "convert it anew with `lab adapt`"
+                f"adapter {name}: {file} is not made for this model ({plain(error)}): "
+                "convert it for this one with `lab adapt PEFT_DIR --model FOLDER`"
             ) from None
 
     def generator(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stages.export import export
 from stages.lora_inputs import load_graph, lora_inputs
+from stages.proof import prove_graph
 from stages.running import in_megabytes, quietly, run, size_of, written_beside
 from stages.settings import Settings
 
@@ -20,13 +21,14 @@ ONNX = Path("models/onnx")
 
 
 def optimize(settings: Settings) -> str:
-    """Export, and count the sites for LoRA's A and B."""
+    """Export, count the sites for LoRA's A and B, prove that the graph computes what PyTorch does."""
     targets = settings.finetune.target_modules
     with written_beside(ONNX) as folder:
         with quietly():
             export(QUANTIZED, settings.optimize, targets, folder, settings.model.name)
         sites = len(lora_inputs(load_graph(folder).graph)) // 2
-    return f"{ONNX} ({in_megabytes(size_of(ONNX))}, {sites} projections take an adapter)"
+        proven = prove_graph(QUANTIZED, folder, settings.optimize)
+    return f"{ONNX} ({in_megabytes(size_of(ONNX))}, {sites} projections take an adapter, {proven})"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.bootstrap import intervals
-from stages.running import read_json, run, write_json, written_beside
+from stages.running import read_json, read_jsonl, run, write_json, written_beside
 from stages.settings import Settings
 from stages.summary import MODELS, parity_terms, terms_of
 
@@ -34,7 +34,7 @@ def report(_: Settings) -> str:
     quantized, finetuned, evaluated = (
         read_json(RAW / f"{stage}.json") for stage in ("quantize", "finetune", "evaluate")
     )
-    rows = read_predictions()
+    rows = read_jsonl(RAW / "predictions.jsonl")
     quality, size = sort({**quantized, **evaluated})
     quality["validation_loss"] = finetuned["validation"][-1]["loss"]
     speed = {name: steady(value) for name, value in read_json(SPEED / "decode.json").items()}
@@ -132,12 +132,6 @@ def tradeoff(speed: Metrics, quality: Metrics) -> list[dict[str, Any]]:
         }
         for model, suffix in MODELS.items()
     ]
-
-
-def read_predictions() -> list[Row]:
-    """Read the predictions that `evaluate` wrote."""
-    lines = (RAW / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
 
 
 def predictions_table(rows: list[Row]) -> str:

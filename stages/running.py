@@ -3,8 +3,8 @@
     if __name__ == "__main__":
         run(quantize)                # quantize(settings) -> what it made, in words
 
-`run` checks params.yaml, turns every error that a user can cause into one
-line and a non-zero exit, and writes what the run cost (seconds, peak memory) to metrics/speed/<stage>.json.
+`run` checks params.yaml, turns every error that a user can cause into one line and a non-zero exit, and
+writes what the run cost (seconds, peak memory, on which machine) to metrics/speed/<stage>.json.
 Those figures never repeat, so they are an output of their own, which only `report` reads.
 """
 
@@ -28,8 +28,9 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import STARTED
+from stages import GPU, STARTED
 from stages.errors import UserError
+from stages.machine import machine
 
 if TYPE_CHECKING:
     from stages.settings import Settings
@@ -58,10 +59,11 @@ def run(stage: Callable[[Settings], str]) -> None:
         settings = load_current()
         made = stage(settings)
         seconds = time.monotonic() - STARTED  # the imports are part of it
-        cost = {"seconds": round(seconds, 1), **peak_memory()}
+        cost = {"seconds": round(seconds, 1), **peak_memory(), "machine": machine()}
         if name != "report":  # whose outputs git tracks
             write_json(RUNTIME / f"{name}.json", cost)
-        print(f"{name}: {made} in {cost['seconds']} s, peak memory {cost['peak_memory_gib']} GiB")
+        took = f"in {cost['seconds']} s, peak memory {cost['peak_memory_gib']} GiB"
+        print(f"{name}: {made} {took}{', on ' + GPU if GPU else ''}")
 
 
 @contextmanager
@@ -171,6 +173,12 @@ def not_finite(value: Any, name: str = "") -> str | None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_jsonl(path: str | Path) -> list[Any]:
+    """Read a JSON Lines file; U+2028 and its like, where `splitlines` cuts, may stand inside a text."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def size_of(path: str | Path) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
@@ -237,12 +238,14 @@ def last_complete_checkpoint() -> str | None:
 
 
 def fingerprint(options: Finetune) -> str:
-    """Return a sha256 over the settings, the rows, the base weights and the code that trains."""
+    """Return a sha256 over the settings and over all that dvc.yaml has finetune depend on."""
     digest = hashlib.sha256(f"{options.model_dump_json()} torch {torch.__version__}".encode())
-    folders = {PREPARED: "*.jsonl", QUANTIZED: "*.safetensors", Path(__file__).parent: "*.py"}
-    for file in [file for folder, files in folders.items() for file in sorted(folder.glob(files))]:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    stage = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["finetune"]
+    for path in map(Path, stage["deps"]):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

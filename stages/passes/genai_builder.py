@@ -208,6 +208,8 @@ def finish(
     """Put into a saved graph what the builder leaves out: sliding windows, the packed embedding, and the
     names of the base's modules."""
     model = ir.load(path)
+    # the builder adds the commit of the repository around its own package: ours, where .venv lies in it
+    model.producer_version = (model.producer_version or "").partition("+")[0]
     model.metadata_props[BASE_MODULES] = ",".join(modules)
     attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     for node, window in zip(attention, looks_back, strict=True):

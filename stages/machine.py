@@ -1,0 +1,63 @@
+"""The machine that a stage runs on: its name, for the metrics, and which of its GPUs is used.
+
+    GPU = use_one_gpu()  # before anything imports torch: "GPU 0 of 2", "" where there is no choice
+    machine()            # "AMD EPYC 9R14, 2 cores" or "..., 16 cores, NVIDIA H100 80GB HBM3"
+
+Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def use_one_gpu() -> str:
+    """Let CUDA see the first visible GPU only; return what `choice` says of it.
+
+    With several in sight, transformers' Trainer would wrap the model in DataParallel, which TRL refuses.
+    CUDA reads the variable at the first call of any library, so this comes before the imports. A value
+    that names no GPU (empty, -1) means the CPU, and stays.
+    """
+    gpus = visible_gpus()
+    if VISIBLE not in os.environ or len(gpus) > 1:
+        os.environ[VISIBLE] = gpus[0] if gpus else "0"
+    return choice(gpus)
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that CUDA may use, by number or UUID: those of CUDA_VISIBLE_DEVICES, else all."""
+    given = os.environ.get(VISIBLE)
+    if given is not None:
+        return [gpu.strip() for gpu in given.split(",") if gpu.strip()]
+    # a container has device files of its own GPUs only; nvidia-smi would take up to seconds
+    files = [file for file in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)]
+    return [str(number) for number in range(len(files))]
+
+
+def choice(gpus: list[str]) -> str:
+    """Say which of several GPUs is used; nothing where there is no choice."""
+    return f"GPU {gpus[0]} of {len(gpus)} ({VISIBLE} chooses another)" if len(gpus) > 1 else ""
+
+
+def machine() -> str:
+    """Name the processor, the cores that this process may use, and the GPU if it has used one."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [processor(), f"{usable} cores"]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def processor() -> str:
+    """Return the processor's name, as Linux or Python knows it."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
