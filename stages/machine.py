@@ -1,6 +1,6 @@
 """The machine that a stage runs on: its name, for the metrics, and which of its GPUs is used.
 
-    GPU = use_one_gpu()  # before anything imports torch: "GPU 0 of 2", "" where there is no choice
+    GPU = use_one_gpu()  # before anything imports torch: "GPU 0, the first of 2", "" without a choice
     machine()            # "AMD EPYC 9R14, 2 cores" or "..., 16 cores, NVIDIA H100 80GB HBM3"
 
 Importing this imports no torch.
@@ -42,7 +42,9 @@ def visible_gpus() -> list[str]:
 
 def choice(gpus: list[str]) -> str:
     """Say which of several GPUs is used; nothing where there is no choice."""
-    return f"GPU {gpus[0]} of {len(gpus)} ({VISIBLE} chooses another)" if len(gpus) > 1 else ""
+    if len(gpus) < 2:
+        return ""
+    return f"GPU {gpus[0]}, the first of {len(gpus)} ({VISIBLE} chooses another)"
 
 
 def machine() -> str:

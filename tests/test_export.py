@@ -1,6 +1,7 @@
 """The exported graphs equal PyTorch: without an adapter, with two loaded at once, in every family."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -61,6 +62,14 @@ def test_both_graphs_read_one_data_file(built):
     graph = onnx.load(folder / "lora.onnx", load_external_data=False).graph
     named = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
     assert named == {"model.onnx.data"}
+
+
+def test_a_graph_names_the_builders_version_and_no_commit(built):
+    """The builder adds the commit of the repository around its own package: .venv lies in ours."""
+    _, folder = built("tied")
+    for name in ("model.onnx", "lora.onnx"):
+        graph = onnx.load(folder / name, load_external_data=False)
+        assert re.fullmatch(r"[\d.]+", graph.producer_version), graph.producer_version
 
 
 def test_a_tied_embedding_is_stored_once(built):

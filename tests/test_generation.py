@@ -1,5 +1,9 @@
 """Generation on tiny models: in batches as alone, across a change of rotation, within the context."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained
@@ -13,14 +17,21 @@ PAD = 1  # of the tiny tokenizer; its end token as well
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> OnnxModel:
-    """A tiny model with one adapter, and a second end token that it happens to say."""
+def files(tmp_path_factory) -> tuple[Path, Path]:
+    """The folder of a tiny model, and the file of an adapter for it."""
     root = tmp_path_factory.mktemp("llama")
     packed = checkpoint(root, FAMILIES["llama"])
     folder = exported(packed, root / "onnx")
     trained(packed, root / "adapter", 1)
     convert(root / "adapter", folder, root / "one.onnx_adapter")
-    model = OnnxModel(folder, {"one": root / "one.onnx_adapter"})
+    return folder, root / "one.onnx_adapter"
+
+
+@pytest.fixture(scope="module")
+def llama(files) -> OnnxModel:
+    """A tiny model with one adapter, and a second end token that it happens to say."""
+    folder, adapter = files
+    model = OnnxModel(folder, {"one": adapter})
     model.ends |= {model.generate(tokens(8), 5)[-1]}
     return model
 
@@ -117,3 +128,53 @@ def test_the_cache_is_as_large_as_the_request(llama, monkeypatch):
     )
     llama.generate(tokens(8), 5)
     assert asked == [13]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:100], lambda b: b"hello", lambda b: b"", lambda b: b[:40] + bytes(40) + b[80:]],
+    ids=["cut", "text", "empty", "overwritten"],
+)
+def test_an_adapter_file_that_is_none_is_one_line_with_a_way_out(damage, files, tmp_path):
+    folder, adapter = files
+    broken = tmp_path / "broken.onnx_adapter"
+    broken.write_bytes(damage(adapter.read_bytes()))
+    with pytest.raises(
+        UserError, match="not an ONNX Runtime adapter, or is damaged: `lab adapt"
+    ) as e:
+        OnnxModel(folder, {"one": broken})
+    assert "::" not in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.onnx", lambda b: b[:500]),
+        ("model.onnx.data", lambda b: b[:500]),
+        ("genai_config.json", lambda b: b"{"),
+    ],
+)
+def test_a_model_that_is_cut_is_called_damaged(name, damage, files, tmp_path):
+    folder = shutil.copytree(files[0], tmp_path / "onnx")
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(UserError, match="is damaged or incomplete") as e:
+        OnnxModel(folder)
+    assert ".cc:" not in str(e.value)
+
+
+def test_a_missing_adapter_and_a_folder_are_told_apart(files, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        OnnxModel(files[0], {"one": tmp_path / "none"})
+    with pytest.raises(UserError, match="is a folder"):
+        OnnxModel(files[0], {"one": tmp_path})
+
+
+def test_any_of_several_end_tokens_ends_an_answer(files, tmp_path):
+    folder = shutil.copytree(files[0], tmp_path / "onnx")
+    config = json.loads((folder / "genai_config.json").read_text())
+    prompt = tokens(8)
+    said = OnnxModel(folder).generate(prompt, 8)
+    config["model"]["eos_token_id"] = [PAD, said[3]]
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    assert OnnxModel(folder).generate(prompt, 8) == said[: said.index(said[3]) + 1]

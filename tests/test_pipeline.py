@@ -7,9 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, Project, left_behind, stages_that_ran, wait_until
+from conftest import ROOT, Project, clone, left_behind, stages_that_ran, wait_until
 
 from stages import random_model
+from stages.machine import machine
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +79,29 @@ def test_a_full_run_runs_every_stage_and_makes_every_output(finished):
     assert left_behind(finished) == []
     costs = json.loads((finished.root / "metrics/costs.json").read_text())
     assert [stage for stage in ALL[:-1] if costs[stage]["peak_memory_gib"] <= 0] == []
+    assert {costs[stage]["machine"] for stage in ALL[:-1]} == {machine()}
+
+
+def test_another_path_commit_and_user_give_the_same_dvc_lock(finished, tmp_path):
+    """All but what was timed: no output may hold where, when or by whom it was made."""
+    other = clone(tmp_path / "a longer path" / "to a clone")
+    other.git("commit", "--quiet", "--allow-empty", "--message", "another commit")
+    other.dvc("repro")
+    one, two = (hashes(project) for project in (finished, other))
+    timed = {name for name in one if name.startswith("metrics/speed")}
+    assert timed
+    assert {n for n in one if one[n] != two.get(n)} - timed - UNCACHED_AND_TIMED == set()
+
+
+# what report makes of the timed outputs
+UNCACHED_AND_TIMED = {"metrics/speed.json", "metrics/costs.json", "metrics/plots/tradeoff.json"}
+
+
+def hashes(project: Project) -> dict[str, str]:
+    """Return the hash of every output and dependency that dvc.lock names."""
+    stages = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"].values()
+    entries = [entry for stage in stages for entry in stage.get("deps", []) + stage["outs"]]
+    return {entry["path"]: entry["md5"] for entry in entries}
 
 
 def test_every_stage_says_in_its_last_line_what_it_made_and_how_long_it_took(finished):

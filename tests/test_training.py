@@ -5,12 +5,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import Project, wait_until
 
+from stages import training
 from stages.checkpoint import load_dequantized, load_packed
+from stages.settings import validate
 
 pytestmark = pytest.mark.slow
 ADAPTER = "models/adapter/adapter_model.safetensors"
@@ -26,10 +30,10 @@ def killed(finished, tmp_path_factory) -> Project:
     """A clone in which training was killed after its second checkpoint. Only read it."""
     project = finished.copy(tmp_path_factory.mktemp("killed") / "project")
     project.replace("params.yaml", "max_steps: 2", "max_steps: 40")
-    training = project.start(sys.executable, "-m", "stages.finetune", stdout=subprocess.DEVNULL)
+    stage = project.start(sys.executable, "-m", "stages.finetune", stdout=subprocess.DEVNULL)
     wait_until(lambda: list(project.root.glob("models/.finetune/checkpoint-[2-9]")))
-    os.kill(training.pid, signal.SIGKILL)
-    training.wait()
+    os.kill(stage.pid, signal.SIGKILL)
+    stage.wait()
     return project
 
 
@@ -55,3 +59,28 @@ def test_packed_weights_give_what_the_dequantized_ones_give(finished):
         packed = load_packed(folder, torch.float32)(tokens).logits
         dequantized = load_dequantized(folder)(tokens).logits
     torch.testing.assert_close(packed, dequantized, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("file", "kept"),
+    [
+        ("stages/report.py", True),
+        ("stages/training.py", False),
+        ("data/prepared/train.jsonl", False),
+    ],
+)
+def test_checkpoints_outlive_edits_of_what_finetune_does_not_depend_on(
+    file, kept, tmp_path, monkeypatch, params
+):
+    monkeypatch.chdir(tmp_path)
+    for path in ("stages/report.py", "stages/training.py", "data/prepared/train.jsonl"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("before")
+    deps = ["stages/training.py", "data/prepared"]
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"finetune": {"deps": deps}}}))
+    options = validate(params).finetune
+    training.keep_or_clear_checkpoints(options)
+    (training.CHECKPOINTS / "checkpoint-10").mkdir()
+    Path(file).write_text("after")
+    training.keep_or_clear_checkpoints(options)
+    assert (training.CHECKPOINTS / "checkpoint-10").exists() == kept
