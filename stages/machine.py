@@ -51,10 +51,15 @@ def machine() -> str:
     """Name the processor, the cores that this process may use, and the GPU if it has used one."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [processor(), f"{usable} cores"]
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        parts.append(torch.cuda.get_device_name())
+    if used_gpu():
+        parts.append(sys.modules["torch"].cuda.get_device_name())
     return ", ".join(parts)
+
+
+def used_gpu() -> bool:
+    """Say whether this process has computed on a GPU, without importing torch for the question."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 def processor() -> str:

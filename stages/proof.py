@@ -31,9 +31,10 @@ LONGEST = {"cpu": 1024, "cuda": 4352}
 # order of sums only (1e-5 was seen). Float16, and int8 activations (accuracy_level 4), round in every layer:
 # 0.06 was seen at 30 layers. Unrelated logits are off by 1.4.
 EXACT, ROUNDED = 0.01, 0.3
-# The part of PEFT's change of the logits that the graph's must have; a site that is left out, or a wrong
-# scale, takes a tenth and more away, and rounding averages out over the vocabulary.
+# The part of PEFT's change of the logits that the graph's must have. Rounding averages out over the
+# vocabulary where the change is several times larger: 1.00 in float32, 1.02 with int8 activations were seen.
 SHARE = (0.8, 1.25)
+LARGE = 4  # times the rounding
 
 
 def prove_graph(checkpoint: Path, onnx: Path, options: Optimize) -> str:
@@ -66,14 +67,18 @@ def prove_adapter(checkpoint: Path, peft: Path, onnx: Path, file: Path) -> str:
     tokens, places = probe(model.config.vocab_size, 64), [8, 64]
     tuned = torch_logits(model, tokens, places)
     with model.disable_adapter():
-        wanted = tuned - torch_logits(model, tokens, places)
+        base = torch_logits(model, tokens, places)
     del model
     make_room()
+    wanted = tuned - base
     if not wanted.any():
         return "it changes no logit: nothing was learned"
     graph = OnnxModel(onnx, {"adapter": file})
     rows = [place - 1 for place in places]
-    change = (graph.logits(tokens, "adapter") - graph.logits(tokens))[rows]
+    graph_base = graph.logits(tokens)[rows]
+    change = graph.logits(tokens, "adapter")[rows] - graph_base
+    if wanted.std() < LARGE * (graph_base - base).std():
+        return "it changes the logits hardly more than rounding does"
     share = float((change * wanted).sum() / (wanted * wanted).sum())
     if not SHARE[0] <= share <= SHARE[1]:
         raise UserError(

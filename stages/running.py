@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages import GPU, STARTED
 from stages.errors import UserError
-from stages.machine import machine
+from stages.machine import machine, used_gpu
 
 if TYPE_CHECKING:
     from stages.settings import Settings
@@ -63,7 +63,7 @@ def run(stage: Callable[[Settings], str]) -> None:
         if name != "report":  # whose outputs git tracks
             write_json(RUNTIME / f"{name}.json", cost)
         took = f"in {cost['seconds']} s, peak memory {cost['peak_memory_gib']} GiB"
-        print(f"{name}: {made} {took}{', on ' + GPU if GPU else ''}")
+        print(f"{name}: {made} {took}{f', on {GPU}' if GPU and used_gpu() else ''}")
 
 
 @contextmanager

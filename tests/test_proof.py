@@ -92,6 +92,14 @@ def test_an_adapter_that_learned_nothing_is_said_to_change_nothing(built, tmp_pa
     assert "changes no logit" in said
 
 
+def test_an_adapter_whose_change_drowns_in_rounding_is_said_to_be_too_small(built, tmp_path):
+    packed, onnx = built("llama", FAST)
+    trained(packed, tmp_path / "peft", 1, lora_alpha=1e-3)
+    convert(tmp_path / "peft", onnx, tmp_path / "file")
+    said = proof.prove_adapter(packed, tmp_path / "peft", onnx, tmp_path / "file")
+    assert "hardly more than rounding" in said
+
+
 def test_logits_that_are_no_numbers_are_beyond_every_tolerance():
     with pytest.raises(UserError, match="after 2 tokens"):
         proof.widest_gap(np.eye(2), np.array([[1.0, 0.0], [np.nan, 1.0]]), [1, 2], 0.5)
