@@ -24,7 +24,9 @@ from stages.running import one_line_errors
 
 PINS = Path(__file__).resolve().parents[1] / "azurite"
 HOME = Path(".azurite")
-PREVIOUS = HOME / "previous"  # the developer's own connection string, while the emulator is in use
+# What the developer's own settings say while the emulator is in use: connection string, default remote.
+PREVIOUS = HOME / "previous"
+PREVIOUS_DEFAULT = HOME / "previous-default"
 PROGRAM = "node_modules/azurite/dist/src/blob/main.js"
 PORT = 10000
 # The account that every Azurite has; its key is printed in Azurite's manual and opens nothing else.
@@ -148,24 +150,39 @@ def end(process: psutil.Process) -> None:
 
 
 def lend_settings(words: str) -> None:
-    """Make the local DVC config name the emulator; keep the developer's own connection string."""
-    from lab.remote import configure, configured
+    """Make the local DVC config name the emulator; keep what the developer had there."""
+    from lab.remote import NAME, configure, configured
 
     own = configured("connection_string", local=True)
-    if own and not on_loopback(own):
-        PREVIOUS.touch(mode=0o600)
-        PREVIOUS.write_text(own, encoding="utf-8")
+    if not on_loopback(own or ""):
+        keep(PREVIOUS, own)
+        keep(PREVIOUS_DEFAULT, configured("remote", local=True, section="core"))
     configure({"connection_string": words}, local=True)
+    configure({"remote": NAME}, local=True, section="core")
 
 
 def give_settings_back() -> None:
-    """Put the developer's own connection string back, if there was one; leave one alone that is not ours."""
+    """Put back what the developer had; leave a connection string alone that is not the emulator's."""
     from lab.remote import configure, configured
 
     if on_loopback(configured("connection_string", local=True) or ""):
-        own = PREVIOUS.read_text(encoding="utf-8") if PREVIOUS.exists() else None
-        configure({"connection_string": own}, local=True)
+        configure({"connection_string": kept(PREVIOUS)}, local=True)
+        configure({"remote": kept(PREVIOUS_DEFAULT)}, local=True, section="core")
     PREVIOUS.unlink(missing_ok=True)
+    PREVIOUS_DEFAULT.unlink(missing_ok=True)
+
+
+def keep(file: Path, value: str | None) -> None:
+    """Write a setting to a file that nobody else may read; no file for no setting."""
+    file.unlink(missing_ok=True)
+    if value is not None:
+        file.touch(mode=0o600)
+        file.write_text(value, encoding="utf-8")
+
+
+def kept(file: Path) -> str | None:
+    """Return what `keep` wrote."""
+    return file.read_text(encoding="utf-8") if file.exists() else None
 
 
 def on_loopback(words: str) -> bool:

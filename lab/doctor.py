@@ -18,14 +18,14 @@ from pathlib import Path
 
 import typer
 
-from lab import remote
+from lab import remote, room
 from lab.fsck import cache_folder
 from stages.errors import UserError
 
 PACKAGES = ("dvc", "dvc-azure", "azure-storage-blob", "olive-ai", "torch", "transformers")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "neon")
-FREE_GIB = 2  # a run of the default model writes about 1 GiB
+FREE_GIB = 2  # below that, nothing is begun: a run of the default model writes about 1 GiB
 SKEW_SECONDS = 300  # Azure refuses a signature that is 15 minutes off
 SAID: set[str] = set()  # one cause can be found by several checks
 HEARD: dict[str, str] = {}  # headers of the remote's answer, which may be a refusal
@@ -111,13 +111,28 @@ def folder() -> str:
 
 
 def disk() -> str:
-    """Say how much room is left, in the workspace or the cache, whichever has less."""
-    free = min(shutil.disk_usage(place).free for place in (writable_cache(), ".")) / 2**30
-    if free < FREE_GIB:
+    """Say how much room is left, in the workspace or the cache, whichever has less, and what a run fills."""
+    places = (writable_cache(), Path.cwd())
+    free = min(shutil.disk_usage(place).free for place in places) / 2**30
+    outputs = room.of_a_run()
+    need, why = (
+        FREE_GIB,
+        "a run (of a model whose size is known once it is fetched) needs at least",
+    )
+    if outputs is not None:
+        twice = same_disk(*places) and link_types()[1] != "reflink"  # workspace and cache
+        need = max(FREE_GIB, outputs * (2 if twice else 1) / 2**30)
+        why = "a run of this model needs about"
+    if free < need:
         raise UserError(
-            f"only {free:.1f} GiB of disk are free, a run needs {FREE_GIB}: dvc gc -w frees some"
+            f"only {free:.1f} GiB of disk are free, {why} {need:.1f}: dvc gc -w frees some"
         )
-    return f"{free:.0f} GiB free"
+    return f"{free:.0f} GiB free; {why} {need:.1f}"
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Say whether two folders share their free space."""
+    return one.stat().st_dev == other.stat().st_dev
 
 
 def writable_cache() -> Path:
@@ -137,21 +152,27 @@ def writable_cache() -> Path:
 
 def links() -> str:
     """Say how files come out of the cache: ONNX Runtime accepts no symlink and no hard link."""
+    wanted, usable = link_types()
+    if set(wanted) & {"symlink", "hardlink"}:
+        raise UserError(
+            "cache.type must be reflink,copy: ONNX Runtime rejects weights behind links"
+        )
+    cost = "no second copy on disk" if usable == "reflink" else "every file twice on disk"
+    return f"{usable} ({cost})"
+
+
+def link_types() -> tuple[list[str], str]:
+    """Return the kinds of link that DVC's settings name, and the one that works here."""
     from dvc.repo import Repo
     from dvc_objects.fs.generic import test_links
 
     writable_cache()  # links are tried out there
     with Repo() as repo:
         odb = repo.cache.local
-        wanted = odb.cache_types
         odb.fs.makedirs(odb.path)
-        usable = test_links(wanted, odb.fs, odb.path, repo.fs, repo.root_dir)
-    if set(wanted) & {"symlink", "hardlink"}:
-        raise UserError(
-            "cache.type must be reflink,copy: ONNX Runtime rejects weights behind links"
-        )
-    cost = "no second copy on disk" if usable[0] == "reflink" else "every file twice on disk"
-    return f"{usable[0]} ({cost})"
+        return odb.cache_types, test_links(
+            odb.cache_types, odb.fs, odb.path, repo.fs, repo.root_dir
+        )[0]
 
 
 def settings() -> str:
@@ -173,7 +194,8 @@ def first_line(done: subprocess.CompletedProcess[str]) -> str:
 def sign_in() -> str:
     """Name the kind of sign-in that DVC takes."""
     found = remote.load()
-    return f"{found.sign_in}, account {found.account}"
+    plain = f"; not plain dvc's default: `dvc remote default --local {remote.NAME}`"
+    return f"{found.sign_in}, account {found.account}{'' if remote.has_default() else plain}"
 
 
 def reach() -> str:
@@ -186,8 +208,7 @@ def reach() -> str:
 
 def writing() -> str:
     """Prove that this machine may push."""
-    remote.load().check_writing()
-    return "wrote, read and deleted a blob"
+    return remote.load().check_writing()
 
 
 def clock() -> str:

@@ -130,6 +130,7 @@ def main(words: list[str]) -> int:
     """Run DVC in this process; return its exit code, or raise `UserError` with the cause of a failure."""
     from dvc.cli import main as dvc_main
 
+    remote.make_default()
     logging.disable(logging.NOTSET)
     errors, traffic = Errors().listen(), Traffic().watch()
     code = dvc_main(words)
@@ -164,6 +165,7 @@ class Errors(logging.Handler):
 
     def cause(self) -> str | None:
         """Say what went wrong here, where an exception tells."""
+        from dvc.config import NoRemoteError
         from dvc.exceptions import CheckoutError, DownloadError
         from dvc_objects.errors import ObjectFormatError
 
@@ -171,6 +173,8 @@ class Errors(logging.Handler):
             return (
                 "the disk is full: free some space (`dvc gc -w`), then run the same command again"
             )
+        if any(isinstance(error, NoRemoteError) for error in self.seen):
+            return refusal()
         if any(
             isinstance(error, CheckoutError | DownloadError | ObjectFormatError)
             for error in self.seen

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lab import sas
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
     from configobj import ConfigObj
 
 NAME = "azure"  # of the remote in .dvc/config
-UNSET = "your-account"  # what .dvc/config says before `lab remote setup`
+PROBE = "probe"  # the blob that `check_writing` writes
+SECTION = f'remote "{NAME}"'
+NOT_SET_UP = (
+    "the remote is not set up: `lab remote setup` for an Azure account, "
+    "`make azurite` for an emulator on this machine"
+)
 TIMEOUT = 3  # seconds that a healthy remote may take to answer
 SIGN_IN_TIMEOUT = 10  # `az` is a slow program
 CHECK_NETWORK = "check the network, or start the emulator (make azurite)"
@@ -58,11 +64,22 @@ class Remote:
     @property
     def account(self) -> str:
         """Name the storage account."""
-        words = dict(
-            pair.partition("=")[::2] for pair in (self.login["connection_string"] or "").split(";")
-        )
+        words = self.connection
         endpoint = words.get("BlobEndpoint", "")
         return words.get("AccountName") or endpoint or self.login["account_name"]
+
+    @property
+    def connection(self) -> dict[str, str]:
+        """Return the parts of the connection string; none where there is no string."""
+        pairs = (self.login["connection_string"] or "").strip("'\"").split(";")
+        return dict(pair.partition("=")[::2] for pair in pairs)
+
+    @property
+    def sas_token(self) -> str | None:
+        """Return the SAS token in use, None with another sign-in."""
+        if self.login["connection_string"]:
+            return self.connection.get("SharedAccessSignature")
+        return self.login["sas_token"] if self.sign_in == SIGN_IN["sas_token"] else None
 
     def client(self, **options: Any) -> ContainerClient:
         """Return a client of the container; by default one that fails in seconds instead of retrying."""
@@ -89,27 +106,40 @@ class Remote:
 
     def check(self, heard: dict[str, str] | None = None) -> None:
         """Raise `UserError` unless reachable, signed in and created; `heard` gets an answer's headers."""
-        if self.account == UNSET and not self.login["connection_string"]:
-            raise UserError(
-                "the remote is not set up: `lab remote setup` for an Azure account, "
-                "`make azurite` for an emulator on this machine"
-            )
         heard = {} if heard is None else heard
         client = self.client(raw_response_hook=lambda got: heard.update(got.http_response.headers))
         need_answer(client.url, self)
         with client, in_words(self):
             next(client.list_blob_names(name_starts_with=self.path(""), results_per_page=1), None)
 
-    def check_writing(self) -> None:
-        """Write a blob, read it, delete it; raises `UserError` for the first that is refused."""
+    def check_writing(self) -> str:
+        """Write a blob, read it, delete it; return in words what was done.
+
+        Raises `UserError` when writing or reading is refused. A sign-in that may not delete is good enough
+        to push and pull: then the blob stays, always the same one.
+        """
+        from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
+
+        if self.sas_token:
+            sas.check(self.sas_token, sas.PUSHING)
         with self.client() as client, in_words(self):
-            probe = client.get_blob_client(self.path(f"probe-{uuid.uuid4().hex}"))
-            probe.upload_blob(b"olive-lab")
-            try:
+            probe = client.get_blob_client(self.path(PROBE))
+            probe.upload_blob(b"olive-lab", overwrite=True)
+            # another machine's probe may have deleted it meanwhile
+            with contextlib.suppress(ResourceNotFoundError):
                 if probe.download_blob().readall() != b"olive-lab":
                     raise UserError(f"{self} does not give back what was written")
-            finally:
-                probe.delete_blob()
+            try:
+                with contextlib.suppress(ResourceNotFoundError):
+                    probe.delete_blob()
+            except HttpResponseError as error:
+                if error.status_code != 403:
+                    raise
+                return (
+                    f"wrote and read a blob; deleting is not allowed, so {self.path(PROBE)!r} stays "
+                    "and `dvc gc --cloud` cannot free space"
+                )
+        return "wrote, read and deleted a blob"
 
     def create_container(self) -> bool:
         """Create the container; return whether it is new."""
@@ -129,14 +159,17 @@ class Remote:
 
 
 def load() -> Remote:
-    """Read the default remote as DVC does. Raises `UserError` when it is none, or not on Azure."""
+    """Read DVC's default remote, or the one named azure where there is no default.
+
+    Raises `UserError` when it is not set up, or not on Azure.
+    """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc_objects.fs.errors import AuthError
 
     try:
         with Repo() as repo:
-            found = repo.cloud.get_remote()
+            found = repo.cloud.get_remote(repo.config["core"].get("remote") or NAME)
         if found.fs.protocol != "azure":
             raise UserError(
                 f"the default remote is {found.fs.protocol}://, this command is for azure://"
@@ -144,12 +177,45 @@ def load() -> Remote:
         refuse_versions(repo.config["remote"][found.name])
         container, _, prefix = found.path.strip("/").partition("/")
         check_names(found.fs.fs_args["account_name"], container)
-        check_sas(found.fs.fs_args["sas_token"])
-        return Remote(container, prefix, found.fs.fs_args)
-    except AuthError as error:
-        raise UserError(f"{' '.join(str(error).split())} lab remote setup asks for it") from None
+        remote = Remote(container, prefix, found.fs.fs_args)
+        if remote.sas_token:
+            sas.check(remote.sas_token)
+        return remote
+    except AuthError:  # neither an account nor a connection string
+        raise UserError(NOT_SET_UP) from None
     except (DvcException, ValueError) as error:
         raise UserError(complaint(error)) from None
+
+
+def has_default() -> bool:
+    """Say whether plain dvc has a remote. Raises `UserError` for settings that DVC cannot read."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            return bool(repo.config["core"].get("remote"))
+    except DvcException as error:
+        raise UserError(complaint(error)) from None
+
+
+def make_default() -> None:
+    """Make a remote that is set up this clone's default, where DVC knows none, and say so.
+
+    A clone from the time when .dvc/config named the default has account and sign-in, but no default.
+    """
+    try:
+        if has_default():
+            return
+        load()
+    except UserError:  # nothing to make the default; a command that needs a remote says why
+        return
+    configure({"remote": NAME}, local=True, section="core")
+    print(
+        f"lab: the remote {NAME!r} is now this clone's default, for plain dvc too: "
+        f"`dvc remote default --local {NAME}`",
+        file=sys.stderr,
+    )
 
 
 def complaint(error: Exception) -> str:
@@ -189,7 +255,7 @@ def refuse_versions(settings: Mapping[str, Any]) -> None:
 
 def check_names(account: str | None, container: str) -> None:
     """Raise `UserError` for a name that no account or container can have."""
-    if account not in (None, UNSET) and not re.fullmatch("[a-z0-9]{3,24}", account):
+    if account is not None and not re.fullmatch("[a-z0-9]{3,24}", account):
         raise UserError(f"account {account!r}: must be 3 to 24 lower-case letters and digits")
     if not re.fullmatch("[a-z0-9](-?[a-z0-9]){2,62}", container):
         raise UserError(
@@ -197,33 +263,27 @@ def check_names(account: str | None, container: str) -> None:
         )
 
 
-def check_sas(token: str | None) -> None:
-    """Raise `UserError` for the URL that Azure's portal shows beside the token."""
-    if token and "://" in token:
-        raise UserError("sas_token is a whole URL: the token is what follows its question mark")
-
-
-def configure(values: dict[str, str | None], *, local: bool) -> None:
-    """Set, or unset where None, options of the default remote: `local` for what git must not see."""
+def configure(values: dict[str, str | None], *, local: bool, section: str = SECTION) -> None:
+    """Set, or unset where None, options of the remote: `local` for what git must not see."""
     config = open_settings(local)
     file = Path(config.filename)
     file.touch(mode=0o644)
     if local:
         file.chmod(0o600)  # for nobody else's eyes, however it came to be
-    section = config.setdefault(f'remote "{NAME}"', {})
+    options = config.setdefault(section, {})
     for key, value in values.items():
         if value is None:
-            section.pop(key, None)
+            options.pop(key, None)
         else:
-            section[key] = value
-    if not section:
-        del config[f'remote "{NAME}"']
+            options[key] = value
+    if not options:
+        del config[section]
     config.write()
 
 
-def configured(key: str, *, local: bool) -> str | None:
-    """Return an option of the default remote as it was typed; `local`: what this machine alone has."""
-    return open_settings(local).get(f'remote "{NAME}"', {}).get(key)
+def configured(key: str, *, local: bool, section: str = SECTION) -> str | None:
+    """Return an option of the remote as it was typed; `local`: what this machine alone has."""
+    return open_settings(local).get(section, {}).get(key)
 
 
 def open_settings(local: bool) -> ConfigObj:
@@ -321,11 +381,13 @@ def explain(error: Exception, remote: Remote) -> str:
         return f"Azure's sign-in does not answer: {CHECK_NETWORK}"
     if isinstance(error, ClientAuthenticationError) and status is None:
         return "not signed in to Azure: run `az login`, or choose another sign-in with lab remote setup"
+    if "ProtocolMismatch" in code:
+        return f"the SAS token is for https only (spr=https), and {remote} is reached by http"
     knows_a_key = remote.sign_in in (SIGN_IN["connection_string"], SIGN_IN["account_key"])
     if "PermissionMismatch" in code or (code == "AuthorizationFailure" and not knows_a_key):
         return (
             f"{remote} refuses this {remote.sign_in} (account {remote.account}) to write or read: it needs "
-            "the role Storage Blob Data Contributor, or a SAS with racwdl"
+            "the role Storage Blob Data Contributor, or a SAS with racwl"
         )
     if status in (401, 403):
         return (

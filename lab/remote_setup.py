@@ -4,7 +4,8 @@ lab remote setup                                              # asks
 lab remote setup --account mylab --container olive-lab --sign-in keyless
 lab remote setup --sign-in sas < token.txt                    # a secret comes by prompt or standard input
 
-Url and account go to .dvc/config, for everybody; a secret goes to .dvc/config.local, which git ignores.
+Url and account go to .dvc/config, for everybody, with the line that makes this the default remote; a secret
+goes to .dvc/config.local, which git ignores.
 Keyless is the default: `az login`, a managed identity or any other way of DefaultAzureCredential, with
 the role Storage Blob Data Contributor.
 """
@@ -64,6 +65,8 @@ def setup(
     with remote.undone_on_error():
         remote.configure({"url": f"azure://{container}", "account_name": account}, local=False)
         remote.configure(secrets, local=True)
+        remote.configure({"remote": remote.NAME}, local=False, section="core")
+        remote.configure({"remote": None}, local=True, section="core")  # it would go before
         prove()
 
 
@@ -107,7 +110,7 @@ def prove() -> None:
         created = False
     except remote.NoContainer:
         created = found.create_container()
-    found.check_writing()
+    proof = found.check_writing()
     print(f"{found}: container {'created' if created else 'found'} in account {found.account}")
-    print(f"Signed in with {found.sign_in}; wrote, read and deleted a blob")
+    print(f"Signed in with {found.sign_in}; {proof}")
     print("Commit .dvc/config; .dvc/config.local stays here.")

@@ -41,7 +41,7 @@ def test_a_damaged_blob_is_not_accepted_and_repaired_from_where_it_is_whole(
     whole, file = hashes(laptop)
     damage(pushed.blob(whole if part == "list" else file))
 
-    failed = lab(colleague, "dvc", "pull", exits=1, soon=True)
+    failed = lab(colleague, "dvc", "pull", exits=1)
     assert "lab fsck --deep" in failed
     assert not (colleague.root / "models/base").exists()
 

@@ -76,7 +76,7 @@ def held(laptop) -> Iterator[Path]:
 def test_two_runs_in_one_clone_do_not_disturb_each_other(laptop, held):
     first = start(laptop, "run")
     wait_until((laptop.root / "models/.base.tmp").exists, first)
-    second = lab(laptop, "run", exits=1, soon=True)
+    second = lab(laptop, "run", exits=1)
     assert "is busy" in second or "Unable to acquire lock" in second
     held.unlink()
     said = output_of(first)

@@ -51,9 +51,9 @@ def test_the_doctor_outside_a_repository(check, tmp_path, monkeypatch):
 
 def test_a_remote_without_an_account(made, tmp_path):
     clone = made.copy(tmp_path / "clone")
-    clone.replace(".dvc/config", "    account_name = your-account\n", "")
+    clone.dvc("remote", "default", "azure")
     said = lab(clone, "run", exits=1)
-    assert "requires either account_name or connection_string. lab remote setup asks" in said
+    assert "the remote is not set up: `lab remote setup`" in said
     assert "Traceback" not in said
 
 

@@ -2,10 +2,10 @@
 
 import random
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +15,6 @@ from blob_service import (
     Container,
     account_sas,
     cloned,
-    fault_limit,
     free_port,
     lab,
     settings,
@@ -26,7 +25,8 @@ from conftest import output_of
 
 from lab import azurite as emulator
 from lab import dvc as lab_dvc
-from lab.remote import NoContainer, Remote, need_answer
+from lab import unreachable
+from lab.remote import TIMEOUT, NoContainer, Remote, need_answer
 from stages.errors import UserError
 
 pytestmark = pytest.mark.azure
@@ -41,7 +41,7 @@ def with_sas(container: Container, permission: str) -> str:
 def test_a_wrong_key_is_named(command, laptop, container):
     wrong = emulator.connection_string(container.azurite.port, key="A" * 86 + "==")
     container.connect(laptop, connection_string=wrong)
-    said = lab(laptop, *command, exits=1, soon=True)
+    said = lab(laptop, *command, exits=1)
     assert "rejects the connection string (account devstoreaccount1)" in said
     assert ("ok    clock" in said) == (command == ["doctor"])  # a wrong one may be why
     assert "Traceback" not in said
@@ -55,14 +55,68 @@ def test_a_read_only_sas_pulls_and_is_refused_before_anything_is_computed(
     container.connect(colleague, connection_string=with_sas(container, "rl"))
     lab(colleague, "dvc", "pull")
     (colleague.root / "params.yaml").write_text(settings(steps=2))
-    said = lab(colleague, "run", exits=1, soon=True)
-    assert "Storage Blob Data Contributor, or a SAS with racwdl" in said
+    said = lab(colleague, "run", exits=1)
+    assert "the SAS token (sp=rl) lacks w (write): make one with sp=racwl" in said
     assert "Running stage" not in said
 
 
 def test_a_key_that_cannot_be_one_is_named(laptop, container):
     container.connect(laptop, connection_string="nonsense")
-    assert "cannot be read" in lab(laptop, "run", exits=1, soon=True)
+    assert "cannot be read" in lab(laptop, "run", exits=1)
+
+
+class Counting(socketserver.BaseRequestHandler):
+    """Answers every request with the words of a service that is overloaded, or never."""
+
+    def handle(self) -> None:
+        if self.request.recv(1 << 14):  # nothing comes from who only knocks
+            self.server.requests += 1
+            if self.server.words is None:
+                self.server.over.wait()
+            else:
+                self.request.sendall(self.server.words)
+
+
+@pytest.fixture(params=[b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", None])
+def bad_server(request) -> Iterator[socketserver.ThreadingTCPServer]:
+    """A Blob service that is overloaded, or takes connections and says nothing; counts what it is asked."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Counting) as server:
+        server.daemon_threads = True
+        server.words, server.requests, server.over = request.param, 0, threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.over.set()
+        server.shutdown()
+
+
+def test_a_check_asks_once_and_waits_for_seconds(bad_server):
+    words = emulator.connection_string(bad_server.server_address[1])
+    there = Remote("c", "", {"connection_string": words})
+    with pytest.raises(UserError, match=r"does not answer|answers 503"):
+        there.check()
+    assert bad_server.requests == 1
+    assert TIMEOUT <= 5
+
+
+def test_an_experiment_asks_a_remote_that_does_not_answer_once(bad_server, monkeypatch, capsys):
+    from azure.storage.blob.aio import ExponentialRetry
+    from dvc_azure import AzureFileSystem
+
+    monkeypatch.setattr(ExponentialRetry, "send", ExponentialRetry.send)  # is put back in the end
+    monkeypatch.setattr(unreachable, "FIRST_ANSWER", 2)
+    unreachable.ask_once()
+    words = emulator.connection_string(bad_server.server_address[1])
+    files = AzureFileSystem(connection_string=words)
+    for name in ("a", "b", "c"):
+        with pytest.raises(Exception, match=r"does not answer|answers 503"):
+            files.open(f"container/{name}", "rb")
+    assert bad_server.requests == 1
+    assert capsys.readouterr().err.count("lab: going on without the remote") == 1
+
+
+def test_a_dead_remote_ends_a_command_in_ten_seconds_by_its_own_clock():
+    asked_twice = lab_dvc.QUIET + 2 * (lab_dvc.PAUSE + lab_dvc.PROBE)
+    assert max(asked_twice, lab_dvc.PATIENCE + lab_dvc.PAUSE) + lab_dvc.GRACE <= 10
 
 
 @pytest.fixture
@@ -77,14 +131,14 @@ def silent_proxy(monkeypatch) -> Iterator[None]:
 
 def test_no_credentials_at_all(laptop, container, silent_proxy):
     container.connect(laptop, account_name="somelab")
-    said = lab(laptop, "run", exits=1, soon=True)
+    said = lab(laptop, "run", exits=1)
     assert "not signed in to Azure: run `az login`" in said
 
 
 def test_a_network_that_swallows_the_sign_in(laptop, container, silent_proxy):
     principal = dict.fromkeys(("tenant_id", "client_id", "client_secret"), "mine")
     container.connect(laptop, account_name="somelab", **principal)
-    assert "does not answer: check the network" in lab(laptop, "run", exits=1, soon=True)
+    assert "does not answer: check the network" in lab(laptop, "run", exits=1)
 
 
 def test_a_name_server_that_stays_silent(monkeypatch):
@@ -104,18 +158,18 @@ def test_a_name_that_nobody_has(monkeypatch):
 
 def test_a_clone_as_it_comes_computes_and_says_how_to_get_a_remote(made, tmp_path):
     clone = cloned(made, tmp_path / "clone")
-    for command in ("run", "fsck"):
-        said = lab(clone, command, exits=1, soon=True)
-        assert "the remote is not set up: `lab remote setup`" in said
     assert "Running stage 'make'" in clone.dvc("repro")
-    assert "does not answer" in lab(clone, "dvc", "push", exits=1, soon=True)
+    for command in (["run"], ["fsck"], ["dvc", "push"]):
+        said = lab(clone, *command, exits=1)
+        assert "the remote is not set up: `lab remote setup`" in said
+    assert not (clone.root / ".dvc/config.local").exists()
 
 
 def test_a_container_that_is_not_there(laptop, container):
     container.client.delete_container()
-    said = lab(laptop, "run", exits=1, soon=True)
+    said = lab(laptop, "run", exits=1)
     assert f"has no container {container.name!r}: lab remote setup creates it" in said
-    assert f"has no container {container.name!r}" in lab(laptop, "dvc", "push", exits=1, soon=True)
+    assert f"has no container {container.name!r}" in lab(laptop, "dvc", "push", exits=1)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +178,7 @@ def test_a_container_that_is_not_there(laptop, container):
 def test_a_remote_that_is_off(command, laptop, container, dead_port):
     nobody = emulator.connection_string(dead_port)
     container.connect(laptop, connection_string=nobody)
-    said = lab(laptop, *command, exits=1, soon=True)
+    said = lab(laptop, *command, exits=1)
     assert "does not answer" in said
     assert "Traceback" not in said
 
@@ -149,12 +203,9 @@ def test_a_remote_that_goes_away_during_a_push_ends_it_and_loses_nothing(
 ):
     breaking = line(way, after=5 * BYTES)
     container.connect(laptop, connection_string=breaking.connection_string)
-    limit = fault_limit()
     push = start(laptop, "dvc", "push", "--jobs", "1")
     assert breaking.broken.wait(120)
-    broke = time.monotonic()
     said = output_of(push)
-    assert time.monotonic() - broke < limit, said
     assert push.returncode != 0
     assert "does not answer: what has arrived there is kept" in said
     assert 0 < len(container.objects()) < FILES

@@ -39,6 +39,7 @@ def test_setup_creates_the_container_proves_it_and_keeps_the_secret_out_of_git(c
     assert clone.git("status", "--short").split() == ["M", ".dvc/config"]
     config = (clone.root / ".dvc/config").read_text()
     assert "url = azure://fresh-container" in config
+    assert "azure" in clone.dvc("remote", "default")
     assert "verify = true" in config
     assert "# without it, a flipped byte" in config
     assert emulator.KEY not in config
@@ -151,9 +152,10 @@ def test_the_developers_azurite_starts_serves_and_stops(own_azurite):
     clone = own_azurite
     assert "container olive-lab" in clone.python("lab.azurite", "start")
     assert "ok    push" in lab(clone, "doctor", exits=1)  # there is no conf/ here
+    clone.dvc("push")  # it is the default of plain dvc too
     assert "Azurite answers" in clone.python("lab.azurite", "start")
     assert "is stopped" in clone.python("lab.azurite", "stop")
-    assert "connection_string" not in (clone.root / ".dvc/config.local").read_text()
+    assert (clone.root / ".dvc/config.local").read_text().strip() == ""
     assert "not set up" in lab(clone, "run", exits=1)
 
 
@@ -161,6 +163,7 @@ def test_the_developers_own_connection_string_comes_back(own_azurite, container)
     clone = own_azurite
     own = "DefaultEndpointsProtocol=https;AccountName=somelab;AccountKey=c2VjcmV0"
     local = container.connect(clone, connection_string=own).root / ".dvc/config.local"
+    before = local.read_text()
     clone.python("lab.azurite", "start")
     clone.python("lab.azurite", "start")
     assert own not in local.read_text()
@@ -168,7 +171,7 @@ def test_the_developers_own_connection_string_comes_back(own_azurite, container)
     clone.python("lab.azurite", "stop")
     assert own in local.read_text()
     clone.python("lab.azurite", "stop")
-    assert own in local.read_text()
+    assert local.read_text() == before
     assert not (clone.root / ".azurite/previous").exists()
 
 
@@ -188,9 +191,34 @@ def test_without_node_azurite_says_what_to_install(clone):
 
 def test_the_doctor_says_what_is_wrong_and_what_is_well(laptop, container):
     container.client.delete_container()
-    said = lab(laptop, "doctor", exits=1, soon=True)
+    said = lab(laptop, "doctor", exits=1)
     for well in ("versions", "gpu", "disk", "links", "sign-in"):
         assert f"ok    {well}" in said
     assert "WRONG remote     the remote azure://" in said
     assert "has no container" in said
     assert "Traceback" not in said
+
+
+@pytest.fixture
+def from_before(laptop, container) -> Project:
+    """A clone with account and sign-in, from when .dvc/config named the default remote for everybody."""
+    local = laptop.root / ".dvc/config.local"
+    local.write_text(container.settings().replace("[core]\n    remote = azure\n", ""))
+    return laptop
+
+
+def test_a_clone_that_was_set_up_before_keeps_its_remote(from_before, container):
+    assert "; not plain dvc's default: `dvc remote default --local azure`" in (
+        lab(from_before, "doctor", exits=1)  # there is no conf/ here
+    )
+    assert "is missing" in lab(from_before, "fsck", exits=1)  # in that remote
+    said = lab(from_before, "dvc", "push")
+    assert "lab: the remote 'azure' is now this clone's default, for plain dvc too" in said
+    assert container.objects()
+    assert "now this clone's default" not in lab(from_before, "dvc", "push")
+    from_before.dvc("pull")
+
+
+def test_a_run_in_a_clone_that_was_set_up_before_shares_what_it_made(from_before, container):
+    lab(from_before, "run")
+    assert container.objects()
