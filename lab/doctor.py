@@ -21,6 +21,7 @@ import typer
 from lab import remote, room
 from lab.fsck import cache_folder
 from stages.errors import UserError
+from stages.machine import choice, visible_gpus
 
 PACKAGES = ("dvc", "dvc-azure", "azure-storage-blob", "olive-ai", "torch", "transformers")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
@@ -100,7 +101,8 @@ def gpu() -> str:
         raise UserError(
             f"torch cannot use {done.stdout.strip()}: rm -rf .venv, make setup EXTRA=cuda"
         )
-    return "; ".join(done.stdout.strip().splitlines())
+    used = choice(visible_gpus())
+    return "; ".join(done.stdout.strip().splitlines()) + (f"; stages use {used}" if used else "")
 
 
 def folder() -> str:

@@ -17,6 +17,10 @@ from lab.remote import CHECK_NETWORK, need_answer
 from stages.errors import UserError
 
 FIRST_ANSWER = 15  # seconds, a sign-in by `az` included; a healthy remote takes one or two
+OVERLOADED = (
+    3  # answers of 5xx in a row, PAUSE seconds apart, before the remote counts as out of order
+)
+PAUSE = 2
 
 
 def ask_once() -> None:
@@ -36,12 +40,7 @@ def ask_once() -> None:
             try:
                 async with asyncio.timeout(FIRST_ANSWER):
                     await asyncio.to_thread(need_answer, request.http_request.url, "the remote")
-                    # else a sign-in that fails is repeated too, and hidden by the timeout
-                    request.context.options["retry_total"] = 0
-                    response = await send(policy, request)
-                status = response.http_response.status_code
-                if status >= 500:  # Azure's library would repeat these questions too
-                    raise UserError(f"it answers {status}, so it is overloaded or out of order")
+                    response = await first_answer(send, policy, request)
             except (AzureError, UserError, TimeoutError) as error:
                 if host not in faults:  # requests come several at once
                     why = f"lab: going on without the remote: {reason(error)}"
@@ -54,6 +53,22 @@ def ask_once() -> None:
         raise faults[host]
 
     ExponentialRetry.send = decisive
+
+
+async def first_answer(send: Any, policy: Any, request: Any) -> Any:
+    """Return the answer to a request that Azure's library may not repeat by itself.
+
+    Raises `UserError` if the remote answers only that it is overloaded or out of order.
+    """
+    for attempt in range(OVERLOADED):
+        await asyncio.sleep(PAUSE if attempt else 0)
+        # the library would repeat a failing sign-in too, until the timeout hides what was wrong
+        request.context.options["retry_total"] = 0
+        response = await send(policy, request)
+        status = response.http_response.status_code
+        if status < 500:
+            return response
+    raise UserError(f"it answers {status}, so it is overloaded or out of order")
 
 
 def reason(error: Exception) -> str:
