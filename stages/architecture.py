@@ -11,10 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from stages.errors import UserError
-
-FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
-
 
 @dataclass(frozen=True)
 class LinearGroup:
@@ -49,15 +45,6 @@ class LinearGroup:
         weight.div_(scales.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
         if getattr(self.producer, "bias", None) is not None:
             self.producer.bias[self.first_row :].div_(scales.to(weight.dtype))
-
-
-def check_family(config) -> None:
-    """Raise `UserError` for a model whose layers are not in the table."""
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"quantize.method awq does not know model type {config.model_type!r} "
-            f"(known: {', '.join(sorted(FAMILIES))}): use quantize=rtn"
-        )
 
 
 def projections(config) -> dict[str, str]:

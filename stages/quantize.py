@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, set_seed
 
-from stages.architecture import check_family, projections
+from stages.architecture import projections
 from stages.chats import load_tokenizer, read_rows, sequences
 from stages.checkpoint import empty_model, load_dequantized, load_float
 from stages.errors import UserError
@@ -58,8 +58,6 @@ def quantize(settings: Settings) -> str:
 def check(options: Quantize) -> None:
     """Raise before any work when the model, the data and the settings do not fit."""
     config = AutoConfig.from_pretrained(BASE, trust_remote_code=False)
-    if options.method == "awq":
-        check_family(config)
     if unknown := set(options.eight_bit_modules) - set(projections(config)):
         raise UserError(
             f"quantize.eight_bit_modules has {sorted(unknown)[0]!r}: "

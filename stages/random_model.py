@@ -61,7 +61,7 @@ def _texts(corpus: Path) -> list[str]:
 
 
 def initialise(architecture: dict[str, Any]) -> torch.nn.Module:
-    """Build the model with seeded random weights, in float16 (bfloat16 where float16 may overflow)."""
+    """Build the model with seeded random weights, in float16."""
     torch.manual_seed(0)
     try:
         config = AutoConfig.for_model(**architecture)

@@ -13,8 +13,18 @@ CHEAP = {
     "params",
     "report",
 }  # the only stages whose outputs git tracks, so that DVC cannot restore them
-# how a stage runs, fails and finds its files, and whether a result holds: nothing that it could depend on
-NO_RESULT_DEPENDS_ON = {"conf", "errors", "machine", "parent", "proof", "running", "settings"}
+# how a stage runs, fails, signs in and finds its files, and whether a result holds: nothing that it could
+# depend on (what azureml says of a failed sign-in must not fetch gigabytes again)
+NO_RESULT_DEPENDS_ON = {
+    "azureml",
+    "conf",
+    "errors",
+    "machine",
+    "parent",
+    "proof",
+    "running",
+    "settings",
+}
 ELSEWHERE = ("models/.",)  # checkpoints of an unfinished training: no output
 NOBODYS_INPUT = {
     "model.group_size": "only the default of quantize.group_size",

@@ -84,6 +84,7 @@ class GenaiBuilder(Pass):
 def build(checkpoint: Path, out: Path, provider: str, accuracy_level: int | None) -> None:
     """Run the builder. What the checkpoint holds as floats stays float, whatever the builder's defaults."""
     words = ["fuse_qkv=true", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"]
+    words.append("windowed_kv_cache=false")  # see keep_every_position
     if accuracy_level is not None:
         words.append(f"accuracy_level={accuracy_level}")
     where = ("", str(checkpoint), str(out), "int4", provider, str(out.parent / "cache"))
@@ -117,6 +118,7 @@ def for_the_builder(source: Path, target: Path) -> tuple[PackedEmbedding | None,
     check_head(tensors, config, source)
     embedding, modules = take_embedding(tensors, config), projections(tensors)
     split_fused(tensors, config)
+    explain_rope(config)
     # clones, as two names may not share memory in a file
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target / "model.safetensors")
@@ -166,6 +168,25 @@ def split_fused(tensors: Tensors, config: dict) -> None:
                 tensors[f"{stem}.{part}.{kind}"] = piece
                 if module in overrides:
                     overrides[f"{stem}.{part}"] = overrides[module]
+
+
+def explain_rope(config: dict) -> None:
+    """Write the rope settings as the builder reads them, in place.
+
+    It overlooks linear rope in llama, reads longrope's type by its old name only, and takes every phi3 that
+    was trained on shorter texts for longrope.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if config["model_type"] == "phi3" and kind == "longrope":
+        rope["type"] = kind
+    elif kind in ("default", "linear"):  # PyTorch does not read it here
+        for place in (config, rope):
+            place.pop("original_max_position_embeddings", None)
+    if config["model_type"] == "phi3" and kind == "default":
+        config["original_max_position_embeddings"] = config["max_position_embeddings"]
+    if config["model_type"] == "llama" and kind == "linear":
+        config["rope_position_scale"] = 1 / rope["factor"]
 
 
 def widths(fused: str, config: dict) -> list[int]:
