@@ -10,7 +10,6 @@ the tokens by the same Rust library from the same tokenizer.json, the template b
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,17 +18,8 @@ from stages.errors import UserError
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from tokenizers import AddedToken
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-@dataclass
-class Encoded:
-    """Tokens, and where each stands in the text (start and end, in characters)."""
-
-    input_ids: list[int]
-    offset_mapping: list[tuple[int, int]] = field(default_factory=list)
 
 
 class LightTokenizer:
@@ -40,7 +30,7 @@ class LightTokenizer:
 
         folder = Path(folder)
         try:
-            self._tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         except Exception as error:  # the Rust library raises plain Exception
             reason = " ".join(str(error).split())
@@ -49,50 +39,38 @@ class LightTokenizer:
             name: text_of(settings[name]) for name in NAMED if settings.get(name) is not None
         }
         self.chat_template = template_of(folder, settings)
-        self.added_tokens_decoder: dict[int, AddedToken] = self._tokens.get_added_tokens_decoder()
-        self._compiled: Template | None = None
+        self._compiled: dict[str, Template] = {}
 
     @property
     def eos_token_id(self) -> int | None:
         """Return the token that ends a text, None if the tokenizer has none."""
-        return self._tokens.token_to_id(self.special_tokens_map.get("eos_token", ""))
-
-    def __call__(
-        self,
-        text: str,
-        add_special_tokens: bool = True,
-        split_special_tokens: bool = False,
-        return_offsets_mapping: bool = False,
-    ) -> Encoded:
-        """Return a text's tokens; `split_special_tokens`: control tokens in it are plain text."""
-        self._tokens.encode_special_tokens = split_special_tokens
-        found = self._tokens.encode(text, add_special_tokens=add_special_tokens)
-        return Encoded(found.ids, found.offsets if return_offsets_mapping else [])
+        return self.backend_tokenizer.token_to_id(self.special_tokens_map.get("eos_token", ""))
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = False, **_: Any) -> str:
         """Return the text of tokens; nothing is cleaned up."""
-        return self._tokens.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return self.backend_tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
         self,
         messages: list[dict[str, Any]],
         tools: list[dict] | None = None,
-        *,
-        tokenize: bool = False,
+        chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        **values: Any,
-    ) -> str | list[int]:
-        """Return messages in the chat template, as text or as tokens."""
-        self._compiled = self._compiled or compiled(self.chat_template)
-        kept = [{k: v for k, v in each.items() if v is not None} for each in messages]
-        text = self._compiled.render(
-            messages=kept,
+        tokenize: bool = False,
+    ) -> str:
+        """Return the text of messages in a chat template, by default the model's own."""
+        if tokenize:
+            raise NotImplementedError("stages.chats encodes the text itself")
+        template = chat_template or self.chat_template
+        if template not in self._compiled:
+            self._compiled[template] = compiled(template)
+        return self._compiled[template].render(
+            messages=[{k: v for k, v in each.items() if v is not None} for each in messages],
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **self.special_tokens_map | values,
+            **self.special_tokens_map,
         )
-        return self(text, add_special_tokens=False).input_ids if tokenize else text
 
 
 def text_of(token: str | dict[str, Any]) -> str:

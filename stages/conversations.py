@@ -3,14 +3,15 @@
     rows = read_conversations(Path("mine.jsonl"), settings.data)
 
 Four layouts are known: prompt_response (columns put into templates), messages (OpenAI), sharegpt and alpaca.
-All rows that cannot be used are named in one error, each with its line and the reason.
+All rows that cannot be used are named in one error, each with its line and the reason; so are rows with a
+part that means something and is not trained on. Columns without a known meaning, such as an id, are ignored.
 """
 
 from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ KEYS = {
     "sharegpt": ["conversations"],
     "alpaca": ["instruction", "output"],
 }
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer, by model family
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# parts that mean something and are not trained on
+OF_A_TURN = (
+    *("tool_calls", "function_call", "tool_call_id", "name", "refusal", "prefix", "train_detail"),
+    *MEDIA,
+)
+OF_A_ROW = (
+    *("functions", "function_call", "documents", "chat_template_kwargs", "history"),
+    *("chosen", "rejected", "kto_tag"),
+    *MEDIA,
+)
+IS_TRAINED_ON = ("train", "trainable", "loss")  # keys of a turn that may only be true
 
 
 class BadRow(ValueError):
@@ -36,7 +50,10 @@ class BadRow(ValueError):
 
 
 def read_conversations(path: Path, data: Data) -> list[Row]:
-    """Return every row as messages, answer, group, fact and source. Raises `UserError`."""
+    """Return every row as messages, answer, group, fact and source, and tools where it has some.
+
+    Raises `UserError`.
+    """
     objects, bad = parse_lines(path)
     if not objects and not bad:
         raise UserError(f"{path} has no rows: bring JSON Lines, one JSON object a line")
@@ -165,12 +182,35 @@ def row_of(columns: Row, parse: Callable[[Row, Data], list[Turn]], data: Data) -
     messages = with_system(parse(columns, data), columns, data)
     check_order([turn["role"] for turn in messages])
     answer = columns.get(data.answer_column)
-    return {
+    tools = None
+    if (data.prompt, data.response) == OWN_TEMPLATES:  # others name the columns that count
+        kept = {"history"} if parse is from_alpaca else set()
+        kept |= {data.answer_column, data.group_column, data.fact_column}
+        refuse_parts(columns, [key for key in OF_A_ROW if key not in kept])
+        tools = tools_of(columns)
+    row = {
         "messages": messages,
         "answer": None if answer is None else text_of(answer, repr(data.answer_column)),
         "group": label(columns.get(data.group_column), repr(data.group_column)),
         "fact": label(columns.get(data.fact_column), repr(data.fact_column)),
     }
+    return row | ({"tools": tools} if tools else {})
+
+
+def tools_of(columns: Row) -> list[Row]:
+    """Return the descriptions of a row's tools; some files hold them as JSON in a text."""
+    tools = columns.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise BadRow("'tools' is a text that is not JSON") from None
+    if not tools:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("'tools' is not a list of objects")
+    text_of(json.dumps(tools, ensure_ascii=False), "'tools'")
+    return tools
 
 
 def with_system(messages: list[Turn], columns: Row, data: Data) -> list[Turn]:
@@ -201,11 +241,18 @@ def from_columns(columns: Row, data: Data) -> list[Turn]:
 
 
 def from_alpaca(columns: Row, data: Data) -> list[Turn]:
-    """Join instruction and input, where there is one, by an empty line."""
+    """Join instruction and input, where there is one, by an empty line; `history` stands before them."""
+    turns: list[Turn] = []
+    history = columns.get("history") or []
+    pairs = history if isinstance(history, list) else [history]
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(f"'history' {number} is not a pair of question and answer")
+        turns += exchange(*(text_of(text, f"'history' {number}") for text in pair))
     parts = [text_of(columns.get("instruction"), "'instruction'")]
     if columns.get("input") not in (None, ""):
         parts.append(text_of(columns["input"], "'input'"))
-    return exchange("\n\n".join(parts), text_of(columns.get("output"), "'output'"))
+    return turns + exchange("\n\n".join(parts), text_of(columns.get("output"), "'output'"))
 
 
 def from_messages(columns: Row, data: Data) -> list[Turn]:
@@ -245,17 +292,27 @@ def read_turns(
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in roles:
             raise BadRow(f"turn {number}: {role_key} {role!r} is none of {', '.join(roles)}")
-        refuse_what_would_be_lost(turn, number)
-        yield {"role": roles[role], "content": text_of(turn.get(text_key), f"turn {number}")}
+        refuse_what_would_be_lost(turn, roles[role], f"turn {number}")
+        said = {"role": roles[role], "content": text_of(turn.get(text_key), f"turn {number}")}
+        reasoning = [key for key in REASONING if turn.get(key)]
+        yield said | {key: text_of(turn[key], f"turn {number}: {key}") for key in reasoning}
 
 
-def refuse_what_would_be_lost(turn: Row, number: int) -> None:
+def refuse_what_would_be_lost(turn: Row, role: str, where: str) -> None:
     """Raise `BadRow` for parts of a turn that mean something and are not trained on."""
-    for key in ("tool_calls", "function_call"):
-        if turn.get(key):
-            raise BadRow(f"turn {number} has {key}, which are not supported")
-    if turn.get("weight", 1) != 1:
-        raise BadRow(f"turn {number} has a weight: every answer is trained on alike")
+    refuse_parts(turn, OF_A_TURN if role == "assistant" else OF_A_TURN + REASONING, f"{where} ")
+    if turn.get("weight", 1) not in (None, 1):
+        raise BadRow(f"{where} has a weight: every answer is trained on alike")
+    for key in IS_TRAINED_ON:
+        if turn.get(key) not in (None, True):
+            raise BadRow(f"{where} has {key} {turn[key]!r:.20}: every answer is trained on")
+
+
+def refuse_parts(columns: Row, keys: Iterable[str], where: str = "") -> None:
+    """Raise `BadRow` for the first of these keys that holds something."""
+    for key in keys:
+        if columns.get(key):
+            raise BadRow(f"{where}has {key}, which is not trained on: remove it, or the row")
 
 
 def columns_of(template: str) -> list[str]:

@@ -145,8 +145,14 @@ def score(tokenizer, predictions: list[Row]) -> None:
         for name in summary.MODELS:
             # of several end tokens, some are no special ones: their text would count as the answer's
             said = p[name]["tokens"][: -1 if p[name]["ended"] else None]
-            p[name]["text"] = tokenizer.decode(said, skip_special_tokens=True).strip()
+            p[name]["text"] = without_thought(tokenizer.decode(said, skip_special_tokens=True))
         p["scores"] = {name: scores_of(p[name], p, exact(p)) for name in summary.MODELS}
+
+
+def without_thought(text: str) -> str:
+    """Return an answer without the thought, empty or not, with which models such as Qwen3 begin theirs."""
+    thought, end, answer = text.partition("</think>")
+    return (answer if end else thought).strip()
 
 
 def has_exact_answers(predictions: list[Row]):

@@ -4,13 +4,14 @@
 
 Whole groups (places) are held out to measure transfer; of every other (group, fact) some wordings are
 held out to measure recall. A file without those columns is split at random. A written row holds messages,
-kind, answer, group, fact and source (file:line). No prompt stands in two splits.
+kind, answer, group, fact and source (file:line), and tools where it has some. No prompt stands in two splits.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +22,12 @@ from stages.settings import Data, Settings
 
 PREPARED = Path("data/prepared")
 Splits = dict[str, list[Row]]
+LOOKS_LIKE = str.maketrans(
+    dict.fromkeys("‘’‚‛′´", "'")  # noqa: RUF001
+    | dict.fromkeys("“”„‟″«»", '"')
+    | dict.fromkeys("‐‑‒–—―−", "-")  # noqa: RUF001
+    | dict.fromkeys(map(chr, range(0xFE00, 0xFE10)))  # variation selectors
+)
 
 
 def prepare(settings: Settings) -> str:
@@ -45,20 +52,23 @@ def split(rows: list[Row], data: Data) -> Splits:
     splits: Splits = {"train": [], "validation": [], "test": []}
     units: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["group"] in transfer:
+        group, fact = comparable(row["group"]), comparable(row["fact"])
+        if group in transfer:
             splits["test"].append(row | {"kind": "transfer"})
-        elif row["group"] in validation:
+        elif group in validation:
             splits["validation"].append(row | {"kind": "transfer"})
         else:
-            units[row["group"], row["fact"]].append(row | {"kind": "recall"})
-    for (group, fact), members in units.items():
-        deal(members, f"{data.seed}:{group}:{fact}", data, splits)
+            units[group, fact].append(row | {"kind": "recall"})
+    for members in units.values():
+        first = members[0]
+        deal(members, f"{data.seed}:{first['group']}:{first['fact']}", data, splits)
     return splits
 
 
 def held_out_groups(rows: list[Row], data: Data) -> tuple[set[str], set[str]]:
-    """Draw the groups kept for transfer (test) and for validation."""
-    groups = sorted({row["group"] for row in rows if row["group"] is not None})
+    """Draw the groups kept for transfer (test) and for validation, as `comparable` writes them."""
+    names = sorted({row["group"] for row in rows if row["group"] is not None})
+    groups = list(dict.fromkeys(map(comparable, names)))
     wanted = data.transfer_groups + data.validation_groups
     if not groups:
         return set(), set()
@@ -97,7 +107,7 @@ def without_leaks(splits: Splits) -> Splits:
 
 
 def prove_disjoint(splits: Splits) -> None:
-    """Raise if any prompt, ignoring case and spacing, stands in two splits."""
+    """Raise if any prompt, as `comparable` writes it, stands in two splits."""
     home: dict[str, str] = {}
     for name in ("test", "validation", "train"):
         for row in splits[name]:
@@ -110,11 +120,24 @@ def prove_disjoint(splits: Splits) -> None:
 def prompts_of(row: Row) -> list[str]:
     """Return what stands before each of a row's answers: all of them are learned, if it is trained on.
 
-    Case and spacing do not make another prompt, nor does the system turn.
+    What `comparable` leaves out does not make another prompt, nor does the system turn.
     """
-    turns = [turn for turn in row["messages"] if turn["role"] != "system"]
-    texts = [" ".join(turn["content"].lower().split()) for turn in turns]
+    texts = [comparable(turn["content"]) for turn in row["messages"] if turn["role"] != "system"]
     return ["\n".join(texts[:answer]) for answer in range(1, len(texts), 2)]
+
+
+def comparable(text: str | None) -> str | None:
+    """Return a text without what a reader does not see as a difference; the data itself stays as it is.
+
+    Case, spacing, the Unicode form (an é of one code point or two, full-width letters), curly quotes, the
+    kind of dash, and characters that are not seen: zero-width, soft hyphen, variation selectors. Rather too
+    much is alike than too little: 5² and 52 share a split.
+    """
+    if text is None or text.isascii():
+        return text and " ".join(text.lower().split())
+    seen = "".join(c for c in text if unicodedata.category(c) != "Cf").translate(LOOKS_LIKE)
+    folded = unicodedata.normalize("NFKC", seen).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def prompt_of(row: Row) -> str:

@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from stages.checkpoint import load_dequantized
 from stages.errors import UserError
-from stages.generation import OnnxModel
+from stages.generation import OnnxModel, plain
 from stages.hardware import device, fast_dtype
 from stages.settings import Optimize
 
@@ -50,7 +50,12 @@ def prove_graph(checkpoint: Path, onnx: Path, options: Optimize) -> str:
     expected = torch_logits(model, tokens, places)
     del model  # a GPU may not hold both
     make_room()
-    found = OnnxModel(onnx).logits(tokens)[[place - 1 for place in places]]
+    try:
+        found = OnnxModel(onnx).logits(tokens)[[place - 1 for place in places]]
+    except Exception as error:  # the binding raises plain Exception
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the exported graph does not run: {plain(error)}") from None
     tolerance = EXACT if options.accuracy_level == 1 else ROUNDED
     return f"off PyTorch's logits by {widest_gap(expected, found, places, tolerance):.1g} sd"
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, set_seed
 
 from stages.architecture import projections
-from stages.chats import load_tokenizer, read_rows, sequences
+from stages.chats import check_rows, load_tokenizer, read_rows, sequences
 from stages.checkpoint import empty_model, load_dequantized, load_float
 from stages.errors import UserError
 from stages.hardware import fast_dtype
@@ -132,6 +132,7 @@ def mixed_bits(options: Quantize) -> dict[str, int]:
 def calibration_set(options: Quantize) -> torch.Tensor:
     """Return the calibration set, [sequences, length]: task text, and text that the model itself writes."""
     rows, length = read_rows(PREPARED / "calibration.jsonl"), options.calibration_length
+    check_rows(load_tokenizer(BASE), rows)  # all of them: finetune trains on what calibration skips
     own = round(options.calibration_sequences * options.self_text_share)
     task = options.calibration_sequences - own
     parts = [torch.tensor(sequences(load_tokenizer(BASE), rows, task, length))] if task else []
@@ -143,12 +144,17 @@ def self_text(count: int, length: int, seed: int) -> torch.Tensor:
     """Return text sampled from the float model at temperature 1, [count, length].
 
     A sequence is four pieces that each begin with a token drawn at random, so that no two are alike
-    (LLM-QAT, arXiv:2305.17888), and PIECES are written at once.
+    (LLM-QAT, arXiv:2305.17888), and PIECES are written at once. An embedding may have more rows than the
+    tokenizer has tokens; those are never drawn.
     """
     model = load_float(BASE, fast_dtype())
+    rows = set(range(model.config.vocab_size))
+    known = rows & set(load_tokenizer(BASE).get_vocab().values())
+    tokens, nobodys = torch.tensor(sorted(known)), sorted(rows - known)
     set_seed(seed)
-    first = torch.randint(model.config.vocab_size, (4 * count, 1)).to(model.device)
+    first = tokens[torch.randint(len(tokens), (4 * count, 1))].to(model.device)
     words = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+    words |= {"suppress_tokens": nobodys} if nobodys else {}
     words |= dict.fromkeys(("min_new_tokens", "max_new_tokens"), length // 4 - 1)
     written = [
         model.generate(part, attention_mask=torch.ones_like(part), **words).cpu()

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig, SFTTrainer
 
-from stages.chats import NOT_LEARNED, Row, load_tokenizer, read_rows, training_tokens
+from stages.chats import NOT_LEARNED, Row, check_rows, load_tokenizer, read_rows, training_tokens
 from stages.checkpoint import load_dequantized, load_packed
 from stages.errors import UserError
 from stages.hardware import device, fast_dtype
@@ -89,8 +89,18 @@ def load_base(options: Finetune) -> torch.nn.Module:
 
 
 def load_rows(tokenizer: PreTrainedTokenizerBase, options: Finetune) -> tuple[Dataset, Dataset]:
-    """Return the tokens and labels of training rows and of a sample of validation rows."""
-    train, validation = (read_rows(PREPARED / f"{n}.jsonl") for n in ("train", "validation"))
+    """Return the tokens and labels of training rows and of a sample of validation rows.
+
+    Raises `UserError` that names the rows of which the chat template makes something else.
+    """
+    names = (
+        "train",
+        "validation",
+        "test",
+    )  # the last, so that evaluate does not fail after the training
+    train, validation, test = (read_rows(PREPARED / f"{name}.jsonl") for name in names)
+    changed = check_rows(tokenizer, [*train, *validation, *test])
+    warn("rows with an answer that the chat template shows changed, cut or not at all", changed)
     validation = validation[:: max(1, len(validation) // options.validation_rows)]
     splits = {"train": train, "validation": validation}
     return tuple(fitting(tokenizer, rows, name, options) for name, rows in splits.items())

@@ -1,5 +1,6 @@
 """Scores of answers: what an answer says is what stands before the token that ended it."""
 
+import pytest
 from conftest import ROOT
 
 from stages import evaluate, random_model
@@ -28,3 +29,16 @@ def test_an_answer_that_was_cut_keeps_its_last_token():
     row = {"fact": None, "reference": "the old market", "base": cut, "adapter": cut}
     evaluate.score(tokenizer, [row])
     assert cut["text"] == "the old market"
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("<think>\n\n</think>\n\nthe market", "the market"),
+        ("the user asks</think> the market", "the market"),  # opened by the generation prompt
+        (" the market\n", "the market"),
+        ("<think>\nhm", "<think>\nhm"),
+    ],
+)
+def test_a_thought_is_no_part_of_the_answer_that_is_scored(said, answer):
+    assert evaluate.without_thought(said) == answer

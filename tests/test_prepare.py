@@ -1,9 +1,12 @@
 """Preparing data: any user's JSON Lines, all bad rows named at once, splits that share no prompt."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from stages import prepare
 from stages.conversations import read_conversations
@@ -237,6 +240,139 @@ def test_no_held_out_prompt_is_an_earlier_turn_of_a_trained_conversation():
     assert prepare.without_leaks(splits)["train"] == [other]
     with pytest.raises(UserError, match="'where is the pier\\?' is in train and in test"):
         prepare.prove_disjoint(splits)
+
+
+FORMS = {
+    "one code point or two": ("Where is the caf\u00e9?", "Where is the cafe\u0301?"),
+    "full width": ("Where is it?", "\uff37here is it\uff1f"),
+    "zero width": ("Where is it?", "Where\u200b is i\u2060t?\ufeff"),
+    "soft hyphen": ("Where is it?", "Whe\u00adre is it?"),
+    "curly quotes": ('Where\'s the "pier"?', "Where\u2019s the \u201cpier\u201d?"),
+    "dashes": ("Where - here?", "Where \u2013 here?"),
+    "no-break space": ("Where is it?", "Where\u00a0is\u202fit?"),
+    "case that takes two letters": ("Wo ist die STRASSE?", "Wo ist die stra\u00dfe?"),
+    "emoji with a selector": ("Where? \u2764", "Where? \u2764\ufe0f"),
+}
+
+
+@pytest.mark.parametrize("one", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_that_look_alike_stay_in_one_split_as_they_are(data, tmp_path, one, seed):
+    rows = [{"prompt": f"{n} {text}", "response": "x"} for n in range(10) for text in one]
+    path = written(tmp_path / "mine.jsonl", rows)
+    splits = splits_of(data(path=path, seed=seed))
+    homes = {row["messages"][0]["content"]: name for name, rows in splits.items() for row in rows}
+    assert set(homes) == {row["prompt"] for row in rows}
+    assert all(homes[f"{n} {one[0]}"] == homes[f"{n} {one[1]}"] for n in range(10))
+    prepare.prove_disjoint(splits)
+
+
+def test_a_prompt_with_another_letter_is_another_prompt():
+    assert prepare.comparable("Where is Malm\u00f6?") != prepare.comparable("Where is Malmo?")
+
+
+def test_a_held_out_group_is_held_out_in_every_unicode_form(data, tmp_path):
+    forms = ["M\u00e1laga {}", "Ma\u0301laga {}"]
+    rows = [
+        {"prompt": f"{n} {m} {form}?", "response": "x", "place": form.format(n), "fact": "f"}
+        for n in range(20)
+        for m in range(3)
+        for form in forms
+    ]
+    splits = splits_of(data(path=written(tmp_path / "mine.jsonl", rows)))
+    held_out = {prepare.comparable(r["group"]) for r in splits["test"] if r["kind"] == "transfer"}
+    assert len(held_out) == 8
+    assert held_out.isdisjoint(prepare.comparable(row["group"]) for row in splits["train"])
+
+
+def said(**parts) -> dict:
+    """A conversation whose answer has further parts."""
+    return {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a"} | parts,
+        ]
+    }
+
+
+LOST = {
+    "turn 2 has tool_calls": said(content=None, tool_calls=[{"id": "1"}]),
+    "turn 2 has function_call": said(function_call={"name": "f"}),
+    "turn 2 has name": said(name="bob"),
+    "turn 2 has refusal": said(refusal="no"),
+    "turn 2 has audio": said(audio={"id": "x"}),
+    "turn 2 has prefix": said(prefix=True),
+    "turn 2 has train False": said(train=False),
+    "turn 2 has a weight": said(weight=0),
+    "turn 1 has images": {"messages": [{"role": "user", "content": "q", "images": ["x"]}]},
+    "turn 1 has thinking": {"messages": [{"role": "user", "content": "q", "thinking": "x"}]},
+    "has functions": said() | {"functions": [{"name": "f"}]},
+    "has chat_template_kwargs": said() | {"chat_template_kwargs": {"enable_thinking": False}},
+    "has images": said() | {"images": ["a.png"]},
+    "has history": {"prompt": "p", "response": "r", "history": [["q", "a"]]},
+    "has rejected": {"prompt": "p", "response": "r", "rejected": "s"},
+    "'tools' is a text that is not JSON": said() | {"tools": "a hammer"},
+    "'tools' is not a list of objects": said() | {"tools": {"name": "f"}},
+    "'history' 1 is not a pair": {"instruction": "i", "output": "o", "history": ["q", "a"]},
+    "'history' 1 is empty": {"instruction": "i", "output": "o", "history": [["q", ""]]},
+}
+
+
+@pytest.mark.parametrize("reason", LOST)
+def test_a_part_that_would_be_lost_is_named(data, tmp_path, reason):
+    path = written(tmp_path / "mine.jsonl", [LOST[reason]])
+    with pytest.raises(UserError, match=f"mine.jsonl:1: {reason}"):
+        read_conversations(Path(path), data())
+
+
+def test_parts_that_are_empty_or_mean_nothing_are_no_reason_to_refuse(data, tmp_path):
+    row = said(name=None, tool_calls=[], train=True, weight=1, id="x", reasoning_content="")
+    row |= {"id": 7, "source": "web", "tools": "[]", "functions": None, "metadata": {"a": 1}}
+    (read,) = read_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
+    assert read["messages"] == said()["messages"]
+    assert "tools" not in read
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_goes_to_the_chat_template(data, tmp_path, key):
+    row = said(**{key: "because"})
+    (read,) = read_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
+    assert read["messages"] == row["messages"]
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_tools_go_to_the_chat_template(data, tmp_path, tools):
+    path = written(tmp_path / "mine.jsonl", [said() | {"tools": tools}])
+    (read,) = read_conversations(Path(path), data())
+    assert read["tools"] == [{"name": "f"}]
+
+
+def test_the_history_of_an_alpaca_row_becomes_earlier_turns(data, tmp_path):
+    row = {"instruction": "q2", "output": "a2", "history": [["q1", "a1"]], "system": "Be brief."}
+    (read,) = read_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
+    system = {"role": "system", "content": "Be brief."}
+    assert read["messages"] == [system, *conversation("q1", "a1", "q2", "a2")["messages"]]
+
+
+def test_columns_that_nobody_named_in_a_template_are_ignored(data, tmp_path):
+    path = written(tmp_path / "mine.jsonl", [{"q": "p", "chosen": "r", "rejected": "s"}])
+    (read,) = read_conversations(Path(path), data(prompt="{q}", response="{chosen}"))
+    assert read["messages"] == conversation("p", "r")["messages"]
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "data/mine.txt"])
+def test_git_keeps_every_byte_of_a_data_file(tmp_path, name):
+    content = "\ufeff{}\r\n{}\n".encode()
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    (origin / name).parent.mkdir(parents=True)
+    (origin / name).write_bytes(content)
+    shutil.copy(ROOT / ".gitattributes", origin)
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.com"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "data"]):
+        subprocess.run(["git", "-C", origin, *words], check=True)
+    options = ["-c", "core.autocrlf=true"]
+    subprocess.run(["git", *options, "clone", "-q", origin, clone], check=True)
+    assert (clone / name).read_bytes() == content
 
 
 def test_numbers_name_groups_as_texts_do(data, tmp_path):
