@@ -40,8 +40,8 @@ SHOWN = 20  # bad rows that are listed; the others are counted
 THOUGHT = ("<think>", "</think>")  # of an answer: never control tokens
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, by model family
 STAND_INS = range(0xE000, 0xF900)  # private use: for answers and typed control tokens in a template
-# Templates of the Llama 3 family write today's date, and the same row would be other tokens tomorrow. They get
-# the day that those templates fall back to themselves.
+# Templates of the Llama 3 family write today's date, and the same row would be other tokens tomorrow. They
+# get the day that those templates themselves fall back to.
 DATE = {
     "%d": "26",
     "%-d": "26",
@@ -102,6 +102,11 @@ def training_tokens(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that ends an answer: the control token that the template puts behind one."""
     return encoder_of(tokenizer).end
+
+
+def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether the chat template writes today's date; every row and every chat gets the same one."""
+    return encoder_of(tokenizer).template is not None
 
 
 def check_rows(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[str]:

@@ -27,7 +27,15 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig, SFTTrainer
 
-from stages.chats import NOT_LEARNED, Row, check_rows, load_tokenizer, read_rows, training_tokens
+from stages.chats import (
+    NOT_LEARNED,
+    Row,
+    check_rows,
+    load_tokenizer,
+    read_rows,
+    training_tokens,
+    writes_the_date,
+)
 from stages.checkpoint import load_dequantized, load_packed
 from stages.errors import UserError
 from stages.hardware import device, fast_dtype
@@ -101,6 +109,8 @@ def load_rows(tokenizer: PreTrainedTokenizerBase, options: Finetune) -> tuple[Da
     train, validation, test = (read_rows(PREPARED / f"{name}.jsonl") for name in names)
     changed = check_rows(tokenizer, [*train, *validation, *test])
     warn("rows with an answer that the chat template shows changed, cut or not at all", changed)
+    if writes_the_date(tokenizer):
+        print("finetune: the chat template writes today's date: 26 July 2024 in every row and chat")
     validation = validation[:: max(1, len(validation) // options.validation_rows)]
     splits = {"train": train, "validation": validation}
     return tuple(fitting(tokenizer, rows, name, options) for name, rows in splits.items())

@@ -8,6 +8,7 @@ from conftest import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from stages import random_model
 from stages.chats import (
     NOT_LEARNED,
     answer_ids,

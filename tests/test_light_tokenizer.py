@@ -50,7 +50,13 @@ def test_a_text_has_the_same_tokens(both, text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_prompt_has_the_tokens_that_training_used(both, text):
     light, full = both
-    row = {"messages": [*CHAT, {"role": "user", "content": text or "?"}, {"role": "assistant"}]}
+    row = {
+        "messages": [
+            *CHAT,
+            {"role": "user", "content": text or "?"},
+            {"role": "assistant", "content": ""},
+        ]
+    }
     assert prompt_ids(light, row) == prompt_ids(full, row)
 
 
