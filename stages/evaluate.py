@@ -48,8 +48,9 @@ def evaluate(settings: Settings) -> str:
     rows = sample(read_rows(TEST), options)
     predictions = [tokenize(tokenizer, row) for row in rows]
     write_json(SPEED, speed(predictions, options))
-    long_prompt = long_prompt_of(tokenizer, options)
-    answer(OnnxModel(ONNX), "base", None, predictions, options)
+    base = OnnxModel(ONNX)
+    answer(base, "base", None, predictions, options)
+    long_prompt = long_prompt_of(tokenizer, options, base.context_length)
     tuned = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE})
     answer(tuned, "adapter", ADAPTER, predictions, options)
     metrics = {"long_prompt_perplexity": perplexity(tuned, long_prompt)}
@@ -124,12 +125,17 @@ def of_one_length(predictions: list[Row], size: int) -> Iterator[list[Row]]:
             yield members[first : first + size]
 
 
-def long_prompt_of(tokenizer, options: Evaluate) -> list[int]:
-    """Return many chats in a row, to see that positions far out still work."""
+def long_prompt_of(tokenizer, options: Evaluate, context_length: int) -> list[int]:
+    """Return many chats in a row, within the context, to see that positions far out still work."""
     text: list[int] = []
     for row in read_rows(TEST):
         text += prompt_ids(tokenizer, row) + answer_ids(tokenizer, row)
-    return text[: options.long_prompt_tokens]
+    wanted = min(len(text), options.long_prompt_tokens)
+    if wanted >= context_length:  # the runtime wants room for one token more
+        print(
+            f"evaluate: long_prompt_perplexity is of {context_length - 1} tokens, the whole context"
+        )
+    return text[: min(wanted, context_length - 1)]
 
 
 def perplexity(model: OnnxModel, tokens: list[int]) -> float:
