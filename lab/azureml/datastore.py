@@ -1,4 +1,4 @@
-"""Files in the workspace's default datastore: sent once, resumed after an interruption, checked by MD5."""
+"""Files in a datastore, by default the workspace's default one: sent once, resumed, checked by MD5."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from stages import azureml
+from stages.errors import UserError
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
@@ -16,13 +17,21 @@ if TYPE_CHECKING:
 
 
 class Datastore:
-    """The default datastore, reached with the person's own sign-in."""
+    """A datastore of Blob Storage, reached with the person's own sign-in."""
 
-    def __init__(self, client: MLClient) -> None:
+    def __init__(self, client: MLClient, name: str | None = None) -> None:
+        """Look up a datastore, the default one without a name. Raises `UserError` for another kind."""
+        from azure.core.exceptions import ResourceNotFoundError
         from azure.storage.blob import ContainerClient
 
         with azureml.in_words():
-            store = client.datastores.get_default()
+            try:
+                stores = client.datastores
+                store = stores.get_default() if name is None else stores.get(name)
+            except ResourceNotFoundError:
+                raise UserError(f"the workspace has no datastore {name}") from None
+        if not hasattr(store, "container_name"):
+            raise UserError(f"datastore {store.name} is a {store.type}, not Blob Storage")
         self.name = store.name
         self.container: ContainerClient = ContainerClient(
             f"https://{store.account_name}.blob.core.windows.net",
@@ -68,13 +77,13 @@ class Datastore:
                 content_settings=ContentSettings(content_md5=bytearray(md5(file))),
             )
 
-    def download(self, prefix: str, folder: Path) -> list[str]:
-        """Stream the files below `prefix` to `folder`; return their names."""
+    def download(self, path: str, folder: Path) -> list[str]:
+        """Stream the files below `path`, or the one file that it is, to `folder`; return their names."""
         with azureml.in_words():
-            blobs = {
-                b.name.removeprefix(f"{prefix}/"): b
-                for b in self.container.list_blobs(f"{prefix}/")
-            }
+            found = list(self.container.list_blobs(path))
+            # what only begins with the same letters is something else
+            blobs = {b.name[len(path) + 1 :]: b for b in found if b.name.startswith(f"{path}/")}
+            blobs = blobs or {Path(path).name: b for b in found if b.name == path}
             total = sum(blob.size for blob in blobs.values())
             with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
                 for name, blob in blobs.items():

@@ -9,6 +9,7 @@ A download that was interrupted leaves no folder.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,10 +36,11 @@ def download(
     folder = to or Path(f"{found.name}-{found.version}")
     if folder.exists():
         raise UserError(f"{folder} is there already: remove it, or name another with --to")
-    bring(Datastore(client), found, folder)
+    checked = bring(client, found, folder)
+    print(f"{folder} ({in_megabytes(size_of(folder))}), {checked}")
     adapter = folder / "onnx_adapter/adapter.onnx_adapter"
-    print(f"{folder} ({in_megabytes(size_of(folder))}), as registered. To talk to it:")
-    print(f"lab chat --model {folder / 'onnx'} --adapter {found.name}={adapter}")
+    if adapter.is_file():
+        print(f"lab chat --model {folder / 'onnx'} --adapter {found.name}={adapter}")
 
 
 def find(client: MLClient, model: str) -> Model:
@@ -59,18 +61,41 @@ def find(client: MLClient, model: str) -> Model:
     return listed[wanted]
 
 
-def bring(store: Datastore, model: Model, folder: Path) -> None:
-    """Download a version's files beside `folder`, check them, and put them there in one step."""
-    prefix = model.path.partition("/paths/")[2].strip("/")
+def bring(client: MLClient, model: Model, folder: Path) -> str:
+    """Download a version's files beside `folder`, check them, put them there in one step.
+
+    Return whether they are known to be those that were registered.
+    """
+    which = f"{model.name} version {model.version}"
+    store, path = place_of(client, model, which)
     with written_beside(folder) as beside:
-        names = store.download(prefix, beside)
+        beside.mkdir()
+        names = store.download(path, beside)
         expected = (model.tags or {}).get("content_sha256")
         if not names:
             raise UserError(
-                f"{model.name} version {model.version}: {prefix} is empty in the datastore"
+                f"{which}: datastore {store.name} holds nothing at {path}: it was removed there"
             )
         if expected and sha256({name: beside / name for name in names}) != expected:
             raise UserError(
-                f"{model.name} version {model.version} is not what was registered: files were changed or "
+                f"{which} is not what was registered: files were changed or "
                 "lost in the datastore; lab register sends them again"
             )
+    return "as registered" if expected else "unchecked: not registered by lab register, no hash"
+
+
+def place_of(client: MLClient, model: Model, which: str) -> tuple[Datastore, str]:
+    """Return the datastore and the path in it where a version lies.
+
+    Raises `UserError` for one that lies elsewhere: in a job's outputs, in another workspace, at an address.
+    """
+    found = re.fullmatch(
+        r"azureml:/?/?(?:.*/workspaces/(?P<workspace>[^/]+)/)?datastores/(?P<store>[^/]+)/paths/(?P<path>.+)",
+        model.path or "",
+    )
+    if not found or found["workspace"] not in (None, client.workspace_name):
+        raise UserError(
+            f"{which} lies at {model.path}, not in a datastore of this workspace: "
+            f"az ml model download --name {model.name} --version {model.version} brings it"
+        )
+    return Datastore(client, found["store"]), found["path"].strip("/")

@@ -58,6 +58,7 @@ def laptop(finished, cloud, tmp_path) -> Laptop:
     laptop = Laptop(project.root, cloud.laptop)
     laptop.dvc("remote", "modify", "azure", "account_name", REMOTE)
     laptop.dvc("remote", "modify", "azure", "url", f"azure://{cloud.remote_container()}")
+    laptop.dvc("remote", "default", "azure")
     laptop.commit()
     return laptop
 
