@@ -6,11 +6,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import yaml
+
 from lab.git import git_output
 from lab.overrides import check
 from stages.errors import UserError
-from stages.params import is_current, recompose
+from stages.params import compose, data_path, is_current, recompose, values_of
 
+# what a job reads beside what dvc.yaml names, and what .amlignore keeps back with reason
+STARTING = {".dvc/config", "dvc.yaml", "dvc.lock", "params.yaml", "pyproject.toml", "lab", "stages"}
+NOT_NEEDED = {"tests", "benchmarks", "docs", "azurite"}
 LOCKS = ("cuda.txt", "azure.txt")
 DOCKERFILE = Path(__file__).with_name("Dockerfile")
 
@@ -30,9 +35,41 @@ def take(folder: Path) -> Path:
             (code / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(name, code / name)
     if untracked := git_output("ls-files", "--others", "--exclude-standard").splitlines():
-        shown = ", ".join(untracked[:3]) + (", …" if len(untracked) > 3 else "")
-        print(f"Not sent, git does not track them: {shown}", file=sys.stderr)
+        print(f"Not sent, git does not track them: {in_short(untracked)}", file=sys.stderr)
     return code
+
+
+def check_ignored(overrides: list[str]) -> None:
+    """Say which tracked files .amlignore keeps back; raise for one without which the job fails on its node.
+
+    Azure's SDK leaves them out without a word. That tests, docs and the like stay at home is meant.
+    """
+    from azure.ai.ml._utils._asset_utils import get_ignore_file  # the SDK's own reading of it
+
+    ignore, needed = get_ignore_file(Path.cwd()), inputs_of_a_job(overrides)
+    tracked = [name for name in git_output("ls-files", "-z").split("\0") if Path(name).is_file()]
+    held_back = [name for name in tracked if ignore.is_file_excluded(Path(name))]
+    for name in held_back:
+        if any(f"{name}/".startswith(f"{path}/") for path in needed):
+            raise UserError(
+                f".amlignore keeps {name} back, which the job needs: take out the pattern that names it"
+            )
+    if others := [name for name in held_back if name.split("/")[0] not in NOT_NEEDED]:
+        print(f"Not sent, .amlignore names them: {in_short(others)}", file=sys.stderr)
+
+
+def inputs_of_a_job(overrides: list[str]) -> set[str]:
+    """Return the files and folders in git that a job reads: what starts it, and what its stages depend on."""
+    stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
+    data = str(data_path(values_of(compose(overrides))))
+    return STARTING | {
+        data if "data.path" in dep else dep for stage in stages for dep in stage["deps"]
+    }
+
+
+def in_short(names: list[str]) -> str:
+    """Return the first names."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def environment(folder: Path) -> Path:

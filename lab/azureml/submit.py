@@ -77,6 +77,7 @@ def submit(
     )
     for each in combined:
         snapshot.bring_params_up_to_date(each)
+        snapshot.check_ignored(each)
     client = preflight(compute)
     run.dvc("push", "--run-cache")
     if len(combined) > 1 and (stages := sweep.common_work(combined)):
