@@ -17,7 +17,8 @@ from hydra.errors import HydraException
 
 from stages.conf import CONF
 from stages.errors import UserError
-from stages.params import compose, flat, values_of
+from stages.params import compose, flat, text_of, values_of
+from stages.settings import PARAMS
 
 
 def check(overrides: Sequence[str]) -> None:
@@ -26,26 +27,62 @@ def check(overrides: Sequence[str]) -> None:
         return
     plain = values_of(compose())
     for text in overrides:
-        check_key(text, parse(text), [*plain, *flat(plain)])
+        override = parse(text)
+        check_form(override)
+        check_key(text, override, [*plain, *flat(plain)])
     compose(overrides)
 
 
 def parse(text: str) -> Override:
-    """Return one override. Raises `UserError` that says how to quote it."""
+    """Return one override with one value. Raises `UserError` that says how to write it."""
+    override = parse_plainly(text)
+    if override.is_sweep_override():
+        raise UserError(f"-S {text}: several values need a queue: dvc exp run --queue -S '{text}'")
+    return override
+
+
+def parse_plainly(text: str) -> Override:
+    """Return one override, also one with several values. Raises `UserError` that says how to quote it."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
         raise UserError(f"-S {text}: cannot be read: {way_out(text)}") from None
     if not override.key_or_group:
         raise UserError(f"-S {text}: cannot be read: {way_out(text)}")
-    if override.is_sweep_override():
-        raise UserError(f"-S {text}: several values need a queue: dvc exp run --queue -S '{text}'")
     return override
+
+
+def check_form(override: Override) -> None:
+    """Raise `UserError` for Hydra's marks where none belong: its own advice fails as well.
+
+    `+experiment=quick` adds a group that the defaults have; in `finetune/rank=8` a slash stands for a dot.
+    """
+    key, value = override.key_or_group, override.input_line.partition("=")[2]
+    is_group = (CONF / key).is_dir()
+    if override.is_add() and not override.is_force_add() and (is_group or has(key)):
+        raise UserError(f"-S {override.input_line}: {key} is there already: write -S {key}={value}")
+    if "/" in key and not is_group:
+        group, _, option = key.rpartition("/")
+        dotted = key.replace("/", ".")
+        if (CONF / group / f"{option}.yaml").is_file():
+            raise UserError(f"-S {override.input_line}: write -S {group}={option}")
+        raise UserError(
+            f"-S {override.input_line}: {key} is no group of conf/: write -S {dotted}={value}"
+        )
+
+
+def has(key: str) -> bool:
+    """Say whether params.yaml, composed last, has a key."""
+    values = values_of(text_of(PARAMS))
+    return key in {*values, *flat(values)}
 
 
 def way_out(text: str) -> str:
     """Say how an override that Hydra cannot read is written."""
     key, equals, value = text.partition("=")
+    group, _, option = text.partition("/")
+    if not equals and (CONF / group / f"{option}.yaml").is_file():
+        return f"write -S {group}={option}"
     if not equals or not key:
         return "write KEY=VALUE"
     if re.search(r"[^\w.@/+~:]", key):

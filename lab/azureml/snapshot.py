@@ -8,10 +8,11 @@ from pathlib import Path
 
 import yaml
 
+from lab.experiments.request import FILES
 from lab.git import git_output
 from lab.overrides import check
 from stages.errors import UserError
-from stages.params import compose, data_path, is_current, recompose, values_of
+from stages.params import compose, data_path, flat, is_current, recompose, values_of
 
 # what a job reads beside what dvc.yaml names, and what .amlignore keeps back with reason
 STARTING = {".dvc/config", "dvc.yaml", "dvc.lock", "params.yaml", "pyproject.toml", "lab", "stages"}
@@ -48,6 +49,7 @@ def check_ignored(overrides: list[str]) -> None:
 
     ignore, needed = get_ignore_file(Path.cwd()), inputs_of_a_job(overrides)
     tracked = [name for name in git_output("ls-files", "-z").split("\0") if Path(name).is_file()]
+    check_tracked(flat(values_of(compose(overrides))), tracked)
     held_back = [name for name in tracked if ignore.is_file_excluded(Path(name))]
     for name in held_back:
         if any(f"{name}/".startswith(f"{path}/") for path in needed):
@@ -56,6 +58,13 @@ def check_ignored(overrides: list[str]) -> None:
             )
     if others := [name for name in held_back if name.split("/")[0] not in NOT_NEEDED]:
         print(f"Not sent, .amlignore names them: {in_short(others)}", file=sys.stderr)
+
+
+def check_tracked(values: dict, tracked: list[str]) -> None:
+    """Raise for a file or folder of the user's own that a job would not get, as git does not know it."""
+    for path in filter(None, (values.get(key) for key in FILES)):
+        if not any(f"{name}/".startswith(f"{path}/") for name in tracked):
+            raise UserError(f"{path} is not in git, and a job gets only what is: git add {path}")
 
 
 def inputs_of_a_job(overrides: list[str]) -> set[str]:
