@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT, stages_that_ran
 
+from lab.experiments import table
 from lab.experiments.edits import compose, leaves, write_into
 from stages.errors import UserError
 
@@ -130,3 +131,40 @@ def test_an_experiment_without_its_results_says_at_once_what_to_pull(tried):
 
 def test_leaves_are_what_a_run_can_set():
     assert leaves(yaml.safe_load("a: {b: 1}\nc: {}\nconf_digest: x")) == {"a.b": 1}
+
+
+ROWS = [
+    {"Experiment": "", "rev": "workspace", "typ": "baseline", "State": "", "chrf": "85.1200"}
+    | {"model.name": "smol", "model.group_size": "64", "finetune.rank": "16"},
+    {"Experiment": "bold-fish", "rev": "1a2b3c4", "typ": "branch_base", "State": "", "chrf": "80.0"}
+    | {"model.name": "smol", "model.group_size": "64", "finetune.rank": "8"},
+    {"Experiment": "a", "rev": "5d6e7f8", "typ": "branch_base", "State": "Queued", "chrf": ""}
+    | {"model.name": "tiny", "model.group_size": "32", "finetune.rank": "16"},
+]
+
+
+def test_the_table_shows_figures_and_below_each_experiment_what_differs():
+    assert list(table.lines(ROWS, 80)) == [
+        "experiment            chrf",
+        "workspace            85.12",
+        "- bold-fish             80",
+        "  finetune.rank=8",
+        "- a          Queued",
+        "  model.name=tiny",
+    ]
+
+
+def test_the_table_fits_a_terminal_and_cuts_nothing():
+    settings = {f"data.setting_{number}": "value" * number for number in range(1, 9)}
+    text = list(table.lines([ROWS[0], ROWS[1] | settings], 80))
+    assert max(map(len, text)) <= 80
+    assert all(f"{key}={value}" in " ".join(text) for key, value in settings.items())
+    assert "…" not in "".join(text)
+
+
+@pytest.mark.slow
+def test_the_table_is_readable_in_a_pipe(tried):
+    shown = tried.python("lab.cli", "exp")
+    assert "- shorter" in shown
+    assert "evaluate.max_new_tokens=6" in shown
+    assert "…" not in shown

@@ -1,5 +1,6 @@
 """lab review: gates, the noise of test prompts, what is out of date; on a fresh clone, without a model."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,11 +9,12 @@ import pytest
 import yaml
 from conftest import ROOT, Project
 
-from lab.review import command
+from lab.review import command, page
 from lab.review.changes import Metric
 from lab.review.gates import verdict
 from lab.review.intervals import intervals
 from lab.review.page import cell
+from lab.review.revisions import Revision
 from stages.errors import UserError
 from stages.settings import Gate
 
@@ -178,3 +180,62 @@ def test_a_shallow_clone_is_told_how_to_get_what_to_compare_with(changed, tmp_pa
     assert "this clone is shallow, `git fetch --unshallow` brings the commits before" in said
     shallow.git("fetch", "--quiet", "--unshallow")
     assert "evaluate.max_new_tokens" in shallow.python("lab.cli", "review")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Project:
+    """A git repository with one commit to compare with, whose files a test writes before."""
+    project = Project(tmp_path / "repository")
+    (project.root / "metrics").mkdir(parents=True)
+    project.git("init", "--quiet")
+    monkeypatch.chdir(project.root)
+    return project
+
+
+CONFLICT = '<<<<<<< HEAD\n{"a": 1}\n=======\n{"a": 2}\n>>>>>>> theirs\n'
+
+
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("dvc.lock", lambda revision: revision.lock),
+        ("params.yaml", lambda revision: revision.params),
+        ("metrics/quality.json", lambda revision: revision.metrics),
+        ("metrics/costs.json", lambda revision: revision.machines),
+        ("metrics/predictions.jsonl", lambda revision: revision.prompts),
+        ("metrics/tradeoff.json", lambda revision: revision.table("metrics/tradeoff.json")),
+    ],
+)
+@pytest.mark.parametrize("where", ["HEAD", "workspace"])
+def test_a_file_with_conflict_marks_is_named_with_its_revision(where, file, read, repository):
+    (repository.root / file).write_text(CONFLICT)
+    repository.commit()
+    with pytest.raises(UserError, match=f"{file} .*cannot be read") as error:
+        read(Revision(where))
+    assert "\n" not in str(error.value)
+
+
+def test_an_answer_may_hold_any_line_separator(repository):
+    rows = [{"adapter": "one\u2028two\x85three"}, {"adapter": "four"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (repository.root / "metrics/predictions.jsonl").write_text(text, encoding="utf-8", newline="\n")
+    repository.commit()
+    assert Revision("HEAD").prompts == Revision("workspace").prompts == rows
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "warned"),
+    [("EPYC, 2 cores", "EPYC, 2 cores", False), ("EPYC, 2 cores", "Xeon, 8 cores", True)],
+)
+def test_two_machines_are_named_and_warned_of(before, after, warned, repository):
+    costs = repository.root / "metrics/costs.json"
+    costs.write_text(json.dumps({"finetune": {"seconds": 1, "machine": before}}))
+    repository.commit()
+    costs.write_text(json.dumps({"finetune": {"seconds": 1, "machine": after}}))
+    base, head = Revision("HEAD"), Revision("workspace")
+    assert (base.machines, head.machines) == ([before], [after])
+    found = page.Review(base, head, ("one", "two"), [], [], [], [], [], [], [], 0, 0, True)
+    text = page.markdown(found)
+    assert f"on {before}" in text
+    assert f"on {after}" in text
+    assert ("different machines" in text) == warned

@@ -1,14 +1,23 @@
-"""Show experiments with the columns that decide: the parameters that differ, quality, size, speed.
+"""Show experiments with what decides: the parameters that differ, quality, size, speed.
 
 lab exp                                              # this commit's experiments
 lab exp --all-commits --sort-by recall_exact_match --sort-order desc
 lab exp --csv                                        # whatever `dvc exp show` takes
+
+dvc's own table has a column for every parameter, of which a terminal of 80 columns shows only dots. Here the
+metrics are columns, and the parameters that differ from the commit's stand below each experiment.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
+from itertools import zip_longest
 
 import typer
 
@@ -21,12 +30,20 @@ METRICS = [
 ]
 # what `dvc exp show` itself puts in front, some of it only to build the first column
 FRONT = ["Experiment", "State", "rev", "typ", "parent"]
+OWN_FORMATS = {"--csv", "--md", "--json", "--pcp", "-h", "--help"}  # of dvc: shown as they are
+Row = dict[str, str]
 
 
 def table(context: typer.Context) -> None:
     """Show experiments with what decides. Takes the words of `dvc exp show`."""
     command = [sys.executable, "-m", "dvc", "exp", "show", "--only-changed", "--no-pager"]
-    done = subprocess.run([*command, "--drop", all_but(METRICS), *context.args])
+    command += ["--drop", all_but(METRICS), *context.args]
+    if OWN_FORMATS & set(context.args):
+        raise typer.Exit(subprocess.run(command).returncode)
+    done = subprocess.run([*command, "--csv"], stdout=subprocess.PIPE, text=True)
+    if done.returncode == 0:
+        rows = list(csv.DictReader(io.StringIO(done.stdout)))
+        print("\n".join(lines(rows, shutil.get_terminal_size().columns)))
     raise typer.Exit(done.returncode)
 
 
@@ -34,3 +51,50 @@ def all_but(metrics: list[str]) -> str:
     """Return the pattern of the columns to drop: all but parameters and these metrics."""
     quality = f"(metrics/.*:)?({'|'.join(metrics)})$"
     return f"(?!({'|'.join(FRONT)})$|{SETTINGS}|{quality})"
+
+
+def lines(rows: list[Row], width: int) -> Iterator[str]:
+    """Yield a table of names, states and metrics, with the settings below each experiment."""
+    columns = [name for row in rows[:1] for name in row if name not in FRONT and "." not in name]
+    cells = [
+        [name_of(row), row.get("State") or "", *(number(row[c]) for c in columns)] for row in rows
+    ]
+    head = [["experiment"], [""], *(column.split("_") for column in columns)]
+    widths = [
+        max(map(len, [*words, *(row[place] for row in cells)])) for place, words in enumerate(head)
+    ]
+    for words in zip_longest(*head, fillvalue=""):
+        yield laid_out(words, widths)
+    commit: Row = {}
+    for row, texts in zip(rows, cells, strict=True):
+        if row["typ"] == "baseline":
+            commit = row
+        yield laid_out(texts, widths)
+        changed = " ".join(differences(commit, row))
+        indent = {"initial_indent": "  ", "subsequent_indent": "    "}
+        yield from textwrap.wrap(changed, width, break_long_words=False, **indent)
+
+
+def name_of(row: Row) -> str:
+    """Return an experiment's name, or what the commit is called that it started from."""
+    return row["rev"] if row["typ"] == "baseline" else f"- {row['Experiment'] or row['rev']}"
+
+
+def number(text: str) -> str:
+    """Return a figure without needless digits."""
+    return f"{float(text):g}" if text else ""
+
+
+def laid_out(texts: tuple[str, ...] | list[str], widths: list[int]) -> str:
+    """Return a line: names and states to the left, figures to the right."""
+    pairs = enumerate(zip(texts, widths, strict=True))
+    return "  ".join(t.ljust(w) if place < 2 else t.rjust(w) for place, (t, w) in pairs).rstrip()
+
+
+def differences(commit: Row, row: Row) -> Iterator[str]:
+    """Yield KEY=VALUE of every setting that differs from the commit's; a model is known by its name."""
+    another_model = row.get("model.name") != commit.get("model.name")
+    for key, value in row.items():
+        detail = another_model and key.startswith("model.") and key != "model.name"
+        if "." in key and value and value != commit.get(key) and not detail:
+            yield f"{key}={value}"

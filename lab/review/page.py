@@ -20,7 +20,11 @@ from lab.review.stages import OutOfDate
 TEMPLATE = "page.md.j2"
 LONGEST = 300  # characters of an answer that are shown
 # not every browser has a font with emoji
-SIGNS = {"✅": '<b class="pass">✔</b>', "❌": '<b class="fail">✘</b>'}
+SIGNS = {
+    "✅": '<b class="pass">✔</b>',
+    "❌": '<b class="fail">✘</b>',
+    "⚠️": '<b class="warn">!</b>',
+}
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
@@ -66,6 +70,12 @@ class Review:
         return (
             "**No difference that is sure**: the test prompts cannot tell these changes from noise."
         )
+
+    @property
+    def other_machines(self) -> bool:
+        """Whether the two sides are known to have run on different machines."""
+        before, after = self.base.machines, self.head.machines
+        return bool(before and after) and before != after
 
     @property
     def tally(self) -> dict[str, int]:

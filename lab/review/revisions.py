@@ -6,15 +6,18 @@ import csv
 import io
 import json
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stages.errors import UserError
-from stages.params import flat, values_of
+from stages.params import flat
 
 WORKSPACE = "workspace"
 METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")
@@ -37,12 +40,26 @@ class Revision:
 
     def json(self, path: str) -> Any:
         """Return a JSON file's value, an empty mapping where there is none."""
-        return json.loads(self.read(path) or "{}")
+        return self.parsed(path, json.loads) or {}
+
+    def parsed(self, path: str, parse: Callable[[str], Any]) -> Any:
+        """Return what a file holds, None where there is none. Raises `UserError` where it is broken."""
+        try:
+            return parse(self.read(path) or "null")
+        except (ValueError, yaml.YAMLError, OmegaConfBaseException):
+            where = "here" if self.name == WORKSPACE else f"at {self.name}"
+            raise UserError(
+                f"{path} {where} cannot be read (are conflict marks of a merge in it?): "
+                "mend it there, or compare with another commit: lab review BASE"
+            ) from None
 
     @cached_property
     def params(self) -> dict[str, Any]:
         """Every parameter by its dotted name."""
-        params = flat(values_of(self.read("params.yaml") or "{}"))
+        loaded = self.parsed(
+            "params.yaml", lambda text: OmegaConf.to_container(OmegaConf.create(text))
+        )
+        params = flat(loaded or {})
         params.pop("conf_digest", None)
         return params
 
@@ -54,17 +71,26 @@ class Revision:
     @cached_property
     def prompts(self) -> list[dict[str, Any]]:
         """Every test prompt with its answers and scores."""
-        lines = (self.read("metrics/predictions.jsonl") or "").splitlines()
-        return [json.loads(line) for line in lines]
+        # not splitlines: an answer may hold U+2028 and its like
+        lines = (self.read("metrics/predictions.jsonl") or "").split("\n")
+        return self.parsed(
+            "metrics/predictions.jsonl", lambda _: [json.loads(x) for x in lines if x]
+        )
 
     @cached_property
     def lock(self) -> dict[str, Any]:
         """What dvc.lock says of every stage."""
-        return (yaml.safe_load(self.read("dvc.lock") or "{}") or {}).get("stages", {})
+        return (self.parsed("dvc.lock", yaml.safe_load) or {}).get("stages", {})
 
     def cost(self, stage: str) -> dict[str, float]:
         """Return the seconds and the peak memory of a stage's last run."""
         return self.json("metrics/costs.json").get(stage, {})
+
+    @cached_property
+    def machines(self) -> list[str]:
+        """The machines that the stages ran on; none where the revision is older than that note."""
+        costs = self.json("metrics/costs.json").values()
+        return sorted({cost["machine"] for cost in costs if "machine" in cost})
 
     def table(self, path: str) -> list[dict[str, Any]]:
         """Return the rows of a CSV file or of a JSON list; numbers are numbers."""
@@ -72,7 +98,7 @@ class Revision:
         if text is None:
             return []
         if path.endswith(".json"):
-            return json.loads(text)
+            return self.json(path)
         return [
             {key: _number(value) for key, value in row.items()}
             for row in csv.DictReader(io.StringIO(text))
