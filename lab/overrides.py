@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 
 from stages.conf import CONF
 from stages.errors import UserError
-from stages.params import compose, flat, text_of, values_of
+from stages.params import Values, compose, flat, text_of, values_of
 from stages.settings import PARAMS
 
 
@@ -26,11 +26,20 @@ def check(overrides: Sequence[str]) -> None:
     if not overrides:
         return
     plain = values_of(compose())
+    # another option of a group may have other keys: model=local has model.source.path
+    known = [*plain, *flat(plain), *(key for text in overrides for key in option_values(text))]
     for text in overrides:
         override = parse(text)
         check_form(override)
-        check_key(text, override, [*plain, *flat(plain)])
+        check_key(text, override, known)
     compose(overrides)
+
+
+def option_values(text: str) -> Values:
+    """Return what the option of GROUP=OPTION sets, by dotted names; nothing where there is no such file."""
+    group, _, option = text.partition("=")
+    file = CONF / group / f"{option}.yaml"
+    return {f"{group}.{key}": value for key, value in flat(values_of(text_of(file))).items()}
 
 
 def parse(text: str) -> Override:

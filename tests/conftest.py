@@ -22,7 +22,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from filelock import FileLock
 
 pytest_plugins = ["blob_service"]  # the fixtures of tests/azure
@@ -272,5 +271,8 @@ def fresh(tmp_path) -> Project:
 
 @pytest.fixture
 def params() -> dict:
-    """The committed params.yaml, to change and validate."""
-    return yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    """What conf/ composes to, to change and validate: params.yaml may hold an experiment's values."""
+    from stages.params import compose, values_of
+
+    with contextlib.chdir(ROOT):
+        return values_of(compose())

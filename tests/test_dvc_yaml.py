@@ -102,30 +102,27 @@ def test_a_stage_depends_on_all_code_that_its_results_depend_on(name):
     assert needed - listed == set()
 
 
-def test_every_setting_is_a_dependency_or_known_to_need_none():
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+def test_every_setting_is_a_dependency_or_known_to_need_none(params):
     watched = {key for stage in STAGES.values() for key in stage.get("params", [])}
-    unwatched = [key for key in leaves(settings) if not is_watched(key, watched)]
+    unwatched = [key for key in leaves(params) if not is_watched(key, watched)]
     assert [key for key in unwatched if not is_watched(key, NOBODYS_INPUT.keys())] == []
     assert not NOBODYS_INPUT.keys() & watched
 
 
-def test_every_watched_setting_exists():
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+def test_every_watched_setting_exists(params):
     for key in {key for stage in STAGES.values() for key in stage.get("params", [])}:
-        value = settings
+        value = params
         for part in key.split("."):
             assert part in value, key
             value = value[part]
 
 
-def test_no_setting_has_a_name_that_the_run_cache_leaves_out():
+def test_no_setting_has_a_name_that_the_run_cache_leaves_out(params):
     """DVC drops every key `size` and `nfiles` from the run cache's key, parameters included.
 
     A stage whose parameter is named so gets another value's results back, silently.
     """
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
-    names = {part for key in leaves(settings) for part in key.split(".")}
+    names = {part for key in leaves(params) for part in key.split(".")}
     assert names.isdisjoint({"size", "nfiles"})
 
 

@@ -32,6 +32,10 @@ def test_a_value_is_kept_as_it_was_typed(text, value):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("+experiment=quick", r"write -S experiment=quick$"),
+        ("+finetune.rank=8", r"write -S finetune\.rank=8$"),
+        ("finetune/rank=8", r"write -S finetune\.rank=8$"),
+        ("model/tiny", r"write -S model=tiny$"),
         ("data.path=/data/My Models/a=b.jsonl", r"quote the value .*='/data/My Models/a=b.jsonl'"),
         ("finetune.max-steps=5", r"did you mean finetune\.max_steps"),
         (
@@ -58,3 +62,9 @@ def test_what_cannot_be_meant_is_refused_in_one_line(text, reason):
     with pytest.raises(UserError, match=reason) as refusal:
         overrides.check([text])
     assert "\n" not in str(refusal.value)
+
+
+def test_a_key_that_only_the_chosen_option_has_is_known():
+    overrides.check(["model=local", "model.source.path=/somewhere"])
+    with pytest.raises(UserError, match=r"model\.source\.path is not a key"):
+        overrides.check(["model.source.path=/somewhere"])

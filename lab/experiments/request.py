@@ -9,6 +9,7 @@ taken replaces the other's result without a word.
 
 from __future__ import annotations
 
+import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def check_files(overrides: Sequence[Override], copied: Sequence[str] = ()) -> No
         for path in asked.get(key, default):
             if path and path not in copied and not is_known(Path(path)):
                 way_out = "git add" if key == "data.path" else "dvc exp run --copy-paths"
+                if way_out == "git add" and is_ignored(path):
+                    way_out = "git add --force"
                 raise UserError(
                     f"{path} is not in git, and this run sees only what is: {way_out} {path}"
                 )
@@ -81,6 +84,11 @@ def is_known(path: Path) -> bool:
     return bool(tracked)
 
 
+def is_ignored(path: str) -> bool:
+    """Say whether .gitignore names a file."""
+    return subprocess.run(["git", "check-ignore", "--quiet", path]).returncode == 0
+
+
 def check_names(asked: Namespace, overrides: Sequence[Override]) -> None:
     """Raise for a name that a queued or running experiment has; of finished ones DVC tells by itself."""
     sweep = any(override.is_sweep_override() for override in overrides)
@@ -91,7 +99,7 @@ def check_names(asked: Namespace, overrides: Sequence[Override]) -> None:
         if name == asked.name or (sweep and name != number and number.isdigit()):
             raise UserError(
                 f"experiment {name} is {state} already, and one of this name would replace it: give "
-                "another --name, or --force to replace it"
+                f"another --name, or --force to replace it, or `dvc queue remove {name}`"
             )
 
 
