@@ -12,23 +12,26 @@ from typer.core import TyperGroup
 
 from stages.running import be_quiet, one_line_errors
 
-COMMANDS = {
-    "chat": "lab.chat:chat",
-    "adapt": "lab.adapt:adapt",
-    "results": "lab.results:results",
-    "review": "lab.review.command:review",
-    "exp": "lab.experiments.table:table",
-    "promote": "lab.experiments.promote:promote",
-    "run": "lab.run:run",
-    "dvc": "lab.dvc:dvc",
-    "doctor": "lab.doctor:doctor",
-    "fsck": "lab.fsck:fsck",
-    "submit": "lab.azureml.submit:submit",
-    "jobs": "lab.azureml.jobs:jobs",
-    "cancel": "lab.azureml.jobs:cancel",
-    "register": "lab.azureml.register:register",
-    "download": "lab.azureml.download:download",
-    "remote": "lab.remote_setup:group",
+COMMANDS = {  # name: where it is, and the first sentence of its help
+    "chat": ("lab.chat:chat", "Ask the ONNX model."),
+    "adapt": ("lab.adapt:adapt", "Convert a PEFT adapter for the ONNX model."),
+    "results": (
+        "lab.results:results",
+        "Show the results of the last run, with and without the adapter.",
+    ),
+    "review": ("lab.review.command:review", "Print what changed since BASE."),
+    "exp": ("lab.experiments.table:table", "Show experiments with what decides."),
+    "promote": ("lab.experiments.promote:promote", "Make an experiment the default."),
+    "run": ("lab.run:run", "Run what changed here, and push it."),
+    "dvc": ("lab.dvc:dvc", "Run any dvc command; a dead remote ends it in seconds."),
+    "doctor": ("lab.doctor:doctor", "Check this machine and the remote."),
+    "fsck": ("lab.fsck:fsck", "Check that the remote holds all that dvc.lock names."),
+    "submit": ("lab.azureml.submit:submit", "Run what changed on an Azure ML cluster."),
+    "jobs": ("lab.azureml.jobs:jobs", "List the jobs of lab submit."),
+    "cancel": ("lab.azureml.jobs:cancel", "Cancel a job."),
+    "register": ("lab.azureml.register:register", "Register the model and its adapter."),
+    "download": ("lab.azureml.download:download", "Bring a registered model to a folder."),
+    "remote": ("lab.remote_setup:group", "Set up the Azure Blob remote."),
 }
 # square brackets in help texts are meant, a traceback is as Python writes it
 PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
@@ -39,7 +42,7 @@ FORWARDING = {  # what dvc takes goes to dvc as it is
 
 
 class Commands(TyperGroup):
-    """Imports one command, not all: together they take two seconds."""
+    """Imports the command that is called and no other: together they take two seconds."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -49,13 +52,18 @@ class Commands(TyperGroup):
         """Return the command of a name, None where there is none."""
         if cmd_name not in COMMANDS:
             return None
-        module, _, function = COMMANDS[cmd_name].partition(":")
+        module, _, function = COMMANDS[cmd_name][0].partition(":")
         found = getattr(import_module(module), function)
         if isinstance(found, typer.Typer):
             return typer.main.get_command(found)
         alone = typer.Typer(**PLAIN)
         alone.command(name=cmd_name, **FORWARDING.get(cmd_name, {}))(found)
         return typer.main.get_command(alone)
+
+    def format_commands(self, ctx, formatter) -> None:
+        """Write the list of `lab --help` without importing a command."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, **PLAIN)

@@ -1,15 +1,21 @@
 """Experiments: shown with the columns that decide, promoted into conf/ with their results."""
 
+import csv
+import io
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, stages_that_ran
+from conftest import ROOT, Project, stages_that_ran
 
+from lab.cli import COMMANDS, Commands
 from lab.experiments import table
 from lab.experiments.edits import compose, leaves, write_into
+from lab.experiments.promote import promote
+from lab.experiments.table import asks_for_a_format
 from stages.errors import UserError
 
 
@@ -133,38 +139,90 @@ def test_leaves_are_what_a_run_can_set():
     assert leaves(yaml.safe_load("a: {b: 1}\nc: {}\nconf_digest: x")) == {"a.b": 1}
 
 
-ROWS = [
-    {"Experiment": "", "rev": "workspace", "typ": "baseline", "State": "", "chrf": "85.1200"}
-    | {"model.name": "smol", "model.group_size": "64", "finetune.rank": "16"},
-    {"Experiment": "bold-fish", "rev": "1a2b3c4", "typ": "branch_base", "State": "", "chrf": "80.0"}
-    | {"model.name": "smol", "model.group_size": "64", "finetune.rank": "8"},
-    {"Experiment": "a", "rev": "5d6e7f8", "typ": "branch_base", "State": "Queued", "chrf": ""}
-    | {"model.name": "tiny", "model.group_size": "32", "finetune.rank": "16"},
-]
+CSV = """\
+Experiment,rev,typ,State,answer_perplexity,finetune.target_modules
+,workspace,baseline,,3,"['q_proj', 'v_proj']"
+main,,baseline,,3,"['q_proj', 'v_proj']"
+bold-fish,705edfd,branch_commit,Success,1.5,"['q_proj', 'k_proj', 'v_proj', 'o_proj']"
+dark-ham,7807caa,branch_base,Queued,,"['q_proj', 'v_proj']"
+"""
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def test_the_table_shows_figures_and_below_each_experiment_what_differs():
-    assert list(table.lines(ROWS, 80)) == [
-        "experiment            chrf",
-        "workspace            85.12",
-        "- bold-fish             80",
-        "  finetune.rank=8",
-        "- a          Queued",
-        "  model.name=tiny",
+    assert list(table.lines(rows(CSV), 80)) == [
+        "experiment                answer",
+        "                      perplexity",
+        "workspace                      3",
+        "main                           3",
+        "- bold-fish  Success         1.5",
+        "  finetune.target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']",
+        "- dark-ham   Queued",
     ]
 
 
-def test_the_table_fits_a_terminal_and_cuts_nothing():
-    settings = {f"data.setting_{number}": "value" * number for number in range(1, 9)}
-    text = list(table.lines([ROWS[0], ROWS[1] | settings], 80))
-    assert max(map(len, text)) <= 80
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_setting_is_shortened_and_the_lines_fit(width):
+    settings = {f"data.setting_{number}": "value" * number for number in range(1, 6)}
+    start, other = rows(CSV)[:2]
+    text = list(table.lines([start, other | {"typ": "branch_base"} | settings], width))
+    assert max(map(len, text)) <= width
     assert all(f"{key}={value}" in " ".join(text) for key, value in settings.items())
-    assert "…" not in "".join(text)
 
 
-@pytest.mark.slow
-def test_the_table_is_readable_in_a_pipe(tried):
-    shown = tried.python("lab.cli", "exp")
-    assert "- shorter" in shown
-    assert "evaluate.max_new_tokens=6" in shown
-    assert "…" not in shown
+def test_without_experiments_there_is_a_heading():
+    assert list(table.lines([], 80)) == ["experiment"]
+
+
+@pytest.mark.parametrize(
+    ("words", "asks"),
+    [(["--csv"], True), (["--js"], True), (["--md"], True), (["-A", "--sort-by", "x"], False)],
+)
+def test_a_format_that_dvc_writes_is_left_to_it(words, asks):
+    assert asks_for_a_format(words) is asks
+
+
+def test_the_table_in_a_pipe_says_how_the_workspace_differs(tmp_path):
+    project = Project(tmp_path / "repository")
+    project.root.mkdir()
+    said = project.run("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "lab.cli", "exp", exits=1)
+    assert said.startswith("lab: git rev-parse: fatal: not a git repository")
+    project.git("init", "--quiet", "--initial-branch", "main")
+    project.dvc("init", "--quiet")
+    (project.root / "params.yaml").write_text("finetune: {rank: 8}\n")
+    (project.root / "dvc.yaml").write_text("params: [params.yaml]\n")
+    project.commit()
+    (project.root / "params.yaml").write_text("finetune: {rank: 16}\n")
+    said = project.run("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "lab.cli", "exp")
+    assert said.splitlines() == ["experiment", "workspace", "  finetune.rank=16", "main"]
+
+
+def test_promoting_elsewhere_than_in_the_repository_says_where_to(tmp_path, monkeypatch):
+    project = Project(tmp_path / "repository")
+    project.root.mkdir()
+    monkeypatch.chdir(project.root)
+    with pytest.raises(UserError, match="not a git repository"):
+        promote("bold-fish")
+    project.git("init", "--quiet")
+    with pytest.raises(UserError, match="no commit here yet"):
+        promote("bold-fish")
+    project.commit()
+    with pytest.raises(UserError, match=r"no dvc\.yaml here"):
+        promote("bold-fish")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_their_own_help_says(name):
+    command = Commands(name="lab").get_command(None, name)
+    assert command.get_short_help_str(limit=100) == COMMANDS[name][1]
+
+
+def test_listing_the_commands_imports_none_of_them():
+    code = "import sys; from lab.cli import app; app(['--help'], standalone_mode=False); "
+    code += "print(*[m for m in sys.modules if m.startswith('lab.') and m != 'lab.cli'], sep=',')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == ""
+    assert "promote" in done.stdout

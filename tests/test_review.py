@@ -9,12 +9,12 @@ import pytest
 import yaml
 from conftest import ROOT, Project
 
-from lab.review import command, page
-from lab.review.changes import Metric
+from lab.review import charts, command
+from lab.review.changes import Metric, Stage, machines_of
 from lab.review.gates import verdict
 from lab.review.intervals import intervals
-from lab.review.page import cell
-from lab.review.revisions import Revision
+from lab.review.page import cell, in_words
+from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, find_base
 from stages.errors import UserError
 from stages.settings import Gate
 
@@ -101,16 +101,159 @@ def test_a_page_makes_its_folder_and_says_where_it_cannot_be_written(tmp_path):
             command.write(file, "page")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "no dvc.lock here"), ("<<<<<<< HEAD\na: 1\n", "unreadable"), ("", "unreadable")],
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """An empty git repository, in which the test's own process works."""
+    project = Project(tmp_path / "repository")
+    project.root.mkdir()
+    project.git("init", "--quiet")
+    monkeypatch.chdir(project.root)
+    return project
+
+
+def committed(repository: Project, path: str, data: bytes) -> list[Revision]:
+    """A file in the workspace and in a commit."""
+    file = repository.root / path
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(data)
+    repository.commit()
+    return [Revision("HEAD"), Revision(WORKSPACE)]
+
+
+MARKS = b"a: 1\n<<<<<<< HEAD\nb: 2\n=======\nb: 3\n>>>>>>> other\n"
+LOSSES, QUALITY, ROWS = (
+    "metrics/plots/loss.csv",
+    "metrics/quality.json",
+    "metrics/predictions.jsonl",
 )
-def test_without_a_dvc_lock_there_is_one_line(tmp_path, monkeypatch, text, message):
+READERS = {
+    "params.yaml": lambda revision: revision.params,
+    "dvc.lock": lambda revision: revision.lock,
+    QUALITY: lambda revision: revision.metrics,
+    "metrics/costs.json": lambda revision: revision.costs,
+    ROWS: lambda revision: revision.prompts,
+    "loss.csv": lambda revision: revision.table("loss.csv"),
+    "tradeoff.json": lambda revision: revision.table("tradeoff.json"),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "reason"),
+    [
+        *[(path, MARKS, r"holds a merge's conflict marks \(line 2\)") for path in READERS],
+        *[(path, b"\xff\xfe", r"is not UTF-8 \(byte 0\)") for path in READERS],
+        *[(path, b"[1, 2]\n", r"unreadable|lacks") for path in READERS if path != "loss.csv"],
+        ("params.yaml", b"a: [", r"is unreadable \(no YAML mapping\)"),
+        ("dvc.lock", b"a: [", r"is unreadable \(.*line 1"),
+        ("dvc.lock", b"stages: {fetch: null}", "a stage without its files"),
+        ("dvc.lock", b"stages: {fetch: {outs: [models/base]}}", "a stage without its files"),
+        ("dvc.lock", b"stages: [fetch]", "a stage without its files"),
+        (QUALITY, b'{"chrf": NaN}', "NaN is no number"),
+        (QUALITY, b'{"chrf": "50"}', "has no number at chrf"),
+        (QUALITY, b'{"chrf": 50', r"is unreadable \(.*line 1"),
+        (QUALITY, b"", r"is unreadable \(.*line 1"),
+        ("metrics/costs.json", b'{"fetch": 3}', "a stage without its figures"),
+        (ROWS, b"\n{}\n", "lacks 'question' in line 2"),
+        (ROWS, b"{\n", r"is unreadable \(line 1: "),
+        ("loss.csv", b"split,step,loss\ntrain,1\n", "2 cells below a heading of 3: train,1"),
+        ("loss.csv", b"split,step,loss\ntrain,1,nan\n", "nan is no number"),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_in_one_line(repository, path, data, reason):
+    for revision in committed(repository, path, data):
+        with pytest.raises(UserError, match=reason) as raised:
+            READERS[path](revision)
+        said = str(raised.value)
+        assert said.startswith(path)
+        assert "\n" not in said
+        assert ("of HEAD" in said) is (revision.name == "HEAD")
+
+
+def test_a_loss_that_is_no_number_is_named(repository):
+    (repository.root / "metrics").mkdir()
+    for revision in committed(repository, LOSSES, b"split,step,loss\ntrain,1,high\n"):
+        with pytest.raises(UserError, match="has a row without split or loss"):
+            charts.loss_curves(revision)
+
+
+def test_line_separators_inside_an_answer_do_not_cut_it(repository):
+    (row,) = prompts([1])
+    row["adapter"] = "one\u2028two\u0085three\x1cfour"
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    for revision in committed(repository, ROWS, text.encode()):
+        assert revision.prompts == [row]
+
+
+def test_what_a_revision_lacks_is_empty(repository):
+    for revision in committed(repository, "README.md", b"nothing else"):
+        assert not any(read(revision) for read in READERS.values())
+
+
+def test_without_a_repository_or_a_commit_there_is_one_line(repository, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"^no commit here yet: make the first with"):
+        find_base(None)
     monkeypatch.chdir(tmp_path)
-    if text is not None:
-        (tmp_path / "dvc.lock").write_text(text)
-    with pytest.raises(UserError, match=message):
-        command.inputs()
+    with pytest.raises(UserError, match=r"^git rev-parse: fatal: not a git repository.*$"):
+        find_base(None)
+
+
+def test_a_branch_that_is_called_as_a_folder_is_and_letters_beyond_ascii(repository):
+    committed(repository, "data/é.jsonl", b"1\n")
+    repository.git("branch", "data")
+    (repository.root / "data/é.jsonl").write_bytes(b"2\n")
+    base = find_base("data")
+    assert changed_files(base) == ["data/é.jsonl"]
+    assert describe(base).endswith("(test)")
+    assert describe(Revision(WORKSPACE)) == f"{describe(base)} with uncommitted changes"
+
+
+def test_a_file_that_a_partial_clone_cannot_bring_is_named(repository, tmp_path, monkeypatch):
+    committed(repository, QUALITY, b'{"chrf": 50}')
+    repository.git("config", "uploadpack.allowFilter", "true")
+    partial = tmp_path / "partial"
+    options = ("--quiet", "--no-checkout", "--filter=blob:none")
+    repository.git("clone", *options, f"file://{repository.root}", str(partial))
+    shutil.move(repository.root, tmp_path / "elsewhere")
+    monkeypatch.chdir(partial)
+    with pytest.raises(UserError, match=r"^metrics/quality\.json of HEAD: git cannot show it: .*$"):
+        READERS[QUALITY](Revision("HEAD"))
+
+
+def test_a_detached_head_is_compared_with_main(repository):
+    repository.git("checkout", "--quiet", "-b", "main")
+    repository.commit()
+    repository.git("checkout", "--quiet", "--detach")
+    repository.commit()
+    main = repository.git("rev-parse", "--short", "main").strip()
+    assert find_base(None) == Revision(main)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "moved"),
+    [("A", "B", True), ("A", "A", False), (None, "B", False), (None, None, False)],
+)
+def test_a_stage_that_ran_on_another_machine_is_known(before, after, moved):
+    sides = ({"seconds": 1.0} | ({"machine": m} if m else {}) for m in (before, after))
+    assert Stage("fetch", True, *sides, 0, 0).moved is moved
+
+
+def test_the_machines_of_a_revision_are_named_with_their_stages(repository):
+    costs = {"fetch": {"machine": "A, 2 cores"}, "adapt": {"machine": "B | C"}, "evaluate": {}}
+    (repository.root / "dvc.lock").write_text("stages: {fetch: {}, adapt: {}, evaluate: {}}")
+    (revision, _) = committed(repository, "metrics/costs.json", json.dumps(costs).encode())
+    assert machines_of(revision) == {"A, 2 cores": ["fetch"], "B | C": ["adapt"]}
+    assert in_words(machines_of(revision)) == "A, 2 cores (fetch); B | C (adapt)"
+    assert in_words({"A": ["fetch", "adapt"]}) == "A"
+    assert in_words({}) == "not recorded"
+
+
+def test_what_the_stages_depend_on_is_read_from_dvc_lock(repository):
+    lock = b"stages: {fetch: {deps: [{path: stages/fetch.py}]}, report: {}}"
+    (_, workspace) = committed(repository, "dvc.lock", lock)
+    assert command.inputs(workspace) == {"stages/fetch.py"}
+    (repository.root / "dvc.lock").unlink()
+    with pytest.raises(UserError, match=r"^no stage in dvc\.lock here: `dvc repro` writes it$"):
+        command.inputs(Revision(WORKSPACE))
 
 
 def test_a_review_that_cannot_start_leaves_its_error_on_the_page(tmp_path):
@@ -180,62 +323,3 @@ def test_a_shallow_clone_is_told_how_to_get_what_to_compare_with(changed, tmp_pa
     assert "this clone is shallow, `git fetch --unshallow` brings the commits before" in said
     shallow.git("fetch", "--quiet", "--unshallow")
     assert "evaluate.max_new_tokens" in shallow.python("lab.cli", "review")
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch) -> Project:
-    """A git repository with one commit to compare with, whose files a test writes before."""
-    project = Project(tmp_path / "repository")
-    (project.root / "metrics").mkdir(parents=True)
-    project.git("init", "--quiet")
-    monkeypatch.chdir(project.root)
-    return project
-
-
-CONFLICT = '<<<<<<< HEAD\n{"a": 1}\n=======\n{"a": 2}\n>>>>>>> theirs\n'
-
-
-@pytest.mark.parametrize(
-    ("file", "read"),
-    [
-        ("dvc.lock", lambda revision: revision.lock),
-        ("params.yaml", lambda revision: revision.params),
-        ("metrics/quality.json", lambda revision: revision.metrics),
-        ("metrics/costs.json", lambda revision: revision.machines),
-        ("metrics/predictions.jsonl", lambda revision: revision.prompts),
-        ("metrics/tradeoff.json", lambda revision: revision.table("metrics/tradeoff.json")),
-    ],
-)
-@pytest.mark.parametrize("where", ["HEAD", "workspace"])
-def test_a_file_with_conflict_marks_is_named_with_its_revision(where, file, read, repository):
-    (repository.root / file).write_text(CONFLICT)
-    repository.commit()
-    with pytest.raises(UserError, match=f"{file} .*cannot be read") as error:
-        read(Revision(where))
-    assert "\n" not in str(error.value)
-
-
-def test_an_answer_may_hold_any_line_separator(repository):
-    rows = [{"adapter": "one\u2028two\x85three"}, {"adapter": "four"}]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (repository.root / "metrics/predictions.jsonl").write_text(text, encoding="utf-8", newline="\n")
-    repository.commit()
-    assert Revision("HEAD").prompts == Revision("workspace").prompts == rows
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "warned"),
-    [("EPYC, 2 cores", "EPYC, 2 cores", False), ("EPYC, 2 cores", "Xeon, 8 cores", True)],
-)
-def test_two_machines_are_named_and_warned_of(before, after, warned, repository):
-    costs = repository.root / "metrics/costs.json"
-    costs.write_text(json.dumps({"finetune": {"seconds": 1, "machine": before}}))
-    repository.commit()
-    costs.write_text(json.dumps({"finetune": {"seconds": 1, "machine": after}}))
-    base, head = Revision("HEAD"), Revision("workspace")
-    assert (base.machines, head.machines) == ([before], [after])
-    found = page.Review(base, head, ("one", "two"), [], [], [], [], [], [], [], 0, 0, True)
-    text = page.markdown(found)
-    assert f"on {before}" in text
-    assert f"on {after}" in text
-    assert ("different machines" in text) == warned

@@ -21,7 +21,7 @@ import yaml
 from dvc.repo import Repo
 
 from lab.experiments.edits import write_into
-from lab.git import git_output, need_identity
+from lab.git import git_output, need_commit, need_identity
 from stages import params
 from stages.errors import UserError
 
@@ -42,6 +42,9 @@ def promote(
     commit: Annotated[bool, typer.Option(help="Commit the result.")] = True,
 ) -> None:
     """Make an experiment the default. Its parameters go into conf/, its results come along."""
+    need_commit()
+    if not Path("dvc.yaml").is_file():
+        raise UserError("no dvc.yaml here: run it in the repository's root")
     if commit:
         need_identity()
     found = find(experiment)
@@ -79,8 +82,8 @@ def find(name: str) -> Experiment:
 def refuse_edited_code(experiment: Experiment) -> None:
     """Raise if the experiment ran with other edits than of parameters: a commit of ours lacks them."""
     files = git_output(
-        "diff", "--name-only", "--relative", experiment.baseline, experiment.ref
-    ).split("\n")
+        "diff", "--name-only", "--relative", "-z", experiment.baseline, experiment.ref, "--"
+    ).split("\0")
     if edited := [file for file in filter(None, files) if file.partition("/")[0] not in OURS]:
         raise UserError(
             f"{experiment.name} ran with an edited {', '.join(edited[:3])}: "
@@ -112,7 +115,7 @@ def refuse_without_results(experiment: Experiment) -> None:
 
 def parameters(experiment: Experiment) -> dict[str, Any]:
     """Return the parameters that the experiment ran with."""
-    return yaml.safe_load(git_output("show", f"{experiment.ref}:params.yaml"))
+    return yaml.safe_load(git_output("show", f"{experiment.ref}:./params.yaml"))
 
 
 def apply(experiment: Experiment, conf: Path) -> None:

@@ -21,6 +21,8 @@ from itertools import zip_longest
 
 import typer
 
+from lab.git import need_commit
+
 SETTINGS = "(model|data|quantize|finetune|optimize|evaluate)[.]"
 METRICS = [
     "(recall|transfer|test)_exact_match",
@@ -30,21 +32,30 @@ METRICS = [
 ]
 # what `dvc exp show` itself puts in front, some of it only to build the first column
 FRONT = ["Experiment", "State", "rev", "typ", "parent"]
-OWN_FORMATS = {"--csv", "--md", "--json", "--pcp", "-h", "--help"}  # of dvc: shown as they are
+NAMING = "(Experiment|rev|typ)$"  # --only-changed would drop those that are alike in all rows
+OWN_FORMATS = ("--csv", "--md", "--json", "--help")  # which dvc prints itself
 Row = dict[str, str]
 
 
 def table(context: typer.Context) -> None:
     """Show experiments with what decides. Takes the words of `dvc exp show`."""
+    need_commit()
     command = [sys.executable, "-m", "dvc", "exp", "show", "--only-changed", "--no-pager"]
     command += ["--drop", all_but(METRICS), *context.args]
-    if OWN_FORMATS & set(context.args):
+    if asks_for_a_format(context.args):
         raise typer.Exit(subprocess.run(command).returncode)
-    done = subprocess.run([*command, "--csv"], stdout=subprocess.PIPE, text=True)
+    command += ["--csv", "--precision", "5", "--keep", NAMING]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode == 0:
-        rows = list(csv.DictReader(io.StringIO(done.stdout)))
+        rows = list(csv.DictReader(io.StringIO(done.stdout, newline="")))
         print("\n".join(lines(rows, shutil.get_terminal_size().columns)))
     raise typer.Exit(done.returncode)
+
+
+def asks_for_a_format(words: list[str]) -> bool:
+    """Say whether one of OWN_FORMATS is among the words; argparse takes `--js` for --json."""
+    options = [word for word in words if word.startswith("--") and word != "--"]
+    return any(name.startswith(option) for option in options for name in OWN_FORMATS)
 
 
 def all_but(metrics: list[str]) -> str:
@@ -65,10 +76,13 @@ def lines(rows: list[Row], width: int) -> Iterator[str]:
     ]
     for words in zip_longest(*head, fillvalue=""):
         yield laid_out(words, widths)
-    commit: Row = {}
+    commits = [row for row in rows if row["typ"] == "baseline"]
+    commit = commits[-1] if commits else {}
     for row, texts in zip(rows, cells, strict=True):
-        if row["typ"] == "baseline":
-            commit = row
+        if (
+            row["typ"] == "baseline"
+        ):  # the workspace comes first, and differs from the commit below it
+            commit = commits[1] if row is rows[0] and len(commits) > 1 else row
         yield laid_out(texts, widths)
         changed = " ".join(differences(commit, row))
         indent = {"initial_indent": "  ", "subsequent_indent": "    "}
@@ -76,13 +90,16 @@ def lines(rows: list[Row], width: int) -> Iterator[str]:
 
 
 def name_of(row: Row) -> str:
-    """Return an experiment's name, or what the commit is called that it started from."""
-    return row["rev"] if row["typ"] == "baseline" else f"- {row['Experiment'] or row['rev']}"
+    """Return the name of an experiment, or of the commit that experiments below it started from."""
+    return ("" if row["typ"] == "baseline" else "- ") + (row.get("Experiment") or row["rev"])
 
 
 def number(text: str) -> str:
     """Return a figure without needless digits."""
-    return f"{float(text):g}" if text else ""
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text
 
 
 def laid_out(texts: tuple[str, ...] | list[str], widths: list[int]) -> str:

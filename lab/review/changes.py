@@ -65,10 +65,16 @@ class Stage:
 
     name: str
     ran: bool
-    before: dict[str, float]
-    after: dict[str, float]
+    before: dict[str, Any]
+    after: dict[str, Any]
     size_before: int
     size_after: int
+
+    @property
+    def moved(self) -> bool:
+        """Whether both runs say on which machine they were, and it is another one."""
+        machines = {self.before.get("machine"), self.after.get("machine")}
+        return len(machines - {None}) == 2
 
 
 def parameters(base: Revision, head: Revision) -> list[tuple[str, Any, Any]]:
@@ -90,13 +96,22 @@ def stages(base: Revision, head: Revision) -> list[Stage]:
         Stage(
             name,
             base.lock.get(name) != entry,
-            base.cost(name),
-            head.cost(name),
+            base.costs.get(name, {}),
+            head.costs.get(name, {}),
             bytes_of(base.lock.get(name, {})),
             bytes_of(entry),
         )
         for name, entry in head.lock.items()
     ]
+
+
+def machines_of(revision: Revision) -> dict[str, list[str]]:
+    """Return the machines that a revision's stages ran on, and which stages each of them ran."""
+    found: dict[str, list[str]] = {}
+    for name in revision.lock:
+        if machine := revision.costs.get(name, {}).get("machine"):
+            found.setdefault(machine, []).append(name)
+    return found
 
 
 def bytes_of(entry: dict[str, Any]) -> int:

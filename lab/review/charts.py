@@ -12,6 +12,7 @@ from lab.review.revisions import Revision
 
 TEMPLATES = Path(".dvc/plots")
 PAGE = TEMPLATES / "page.html"
+LOSSES = "metrics/plots/loss.csv"
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -41,6 +42,8 @@ def sparkline(values: list[float]) -> str:
 def loss_curves(revision: Revision) -> dict[str, list[float]]:
     """Return the losses of every split, in the order of their steps."""
     curves: dict[str, list[float]] = {}
-    for row in revision.table("metrics/plots/loss.csv"):
+    for row in revision.table(LOSSES):
+        if "split" not in row or not isinstance(row.get("loss"), float):
+            raise revision.unreadable(LOSSES, "has a row without split or loss")
         curves.setdefault(row["split"], []).append(row["loss"])
     return curves

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from lab.review import changes, page
 from lab.review.gates import judge
@@ -46,7 +45,7 @@ def review(
 
 def look(base: Revision, head: Revision, shown: int) -> page.Review:
     """Find out everything that the page says."""
-    tracked = inputs()
+    tracked = inputs(head)
     sure = intervals(base.prompts, head.prompts)
     return page.Review(
         base=base,
@@ -65,17 +64,11 @@ def look(base: Revision, head: Revision, shown: int) -> page.Review:
     )
 
 
-def inputs() -> set[str]:
+def inputs(head: Revision) -> set[str]:
     """Return the files in git that a stage depends on, by dvc.lock."""
-    try:
-        lock = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))
-        return {dep["path"] for entry in lock["stages"].values() for dep in entry.get("deps", [])}
-    except FileNotFoundError:
-        raise UserError("no dvc.lock here: `dvc repro` writes it") from None
-    except (yaml.YAMLError, TypeError, KeyError):
-        raise UserError(
-            "dvc.lock is unreadable: `git checkout HEAD dvc.lock`, then `dvc repro`"
-        ) from None
+    if not head.lock:
+        raise UserError("no stage in dvc.lock here: `dvc repro` writes it")
+    return {dep["path"] for entry in head.lock.values() for dep in entry.get("deps", [])}
 
 
 def write(file: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 
 from lab.review import charts
-from lab.review.changes import Answer, Metric, Stage
+from lab.review.changes import Answer, Metric, Stage, machines_of
 from lab.review.gates import Verdict
 from lab.review.meanings import MEANINGS
 from lab.review.revisions import Revision
@@ -20,11 +20,7 @@ from lab.review.stages import OutOfDate
 TEMPLATE = "page.md.j2"
 LONGEST = 300  # characters of an answer that are shown
 # not every browser has a font with emoji
-SIGNS = {
-    "✅": '<b class="pass">✔</b>',
-    "❌": '<b class="fail">✘</b>',
-    "⚠️": '<b class="warn">!</b>',
-}
+SIGNS = {"✅": '<b class="pass">✔</b>', "❌": '<b class="fail">✘</b>'}
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
@@ -72,10 +68,15 @@ class Review:
         )
 
     @property
-    def other_machines(self) -> bool:
-        """Whether the two sides are known to have run on different machines."""
-        before, after = self.base.machines, self.head.machines
-        return bool(before and after) and before != after
+    def machines(self) -> list[tuple[str, str]]:
+        """On which machine the stages of either side ran, in words."""
+        sides = (("before", self.base), ("after", self.head))
+        return [(side, in_words(machines_of(revision))) for side, revision in sides]
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """The stages that ran on different machines before and after."""
+        return [stage.name for stage in self.stages if stage.moved]
 
     @property
     def tally(self) -> dict[str, int]:
@@ -88,6 +89,13 @@ def names(metrics: Iterable[Metric], verdict: str) -> str:
     """List the metrics that have a verdict; those of the model without adapter are no news."""
     found = [m.name for m in metrics if m.verdict == verdict and not m.name.endswith("_base")]
     return ", ".join(f"`{name}`" for name in found)
+
+
+def in_words(machines: dict[str, list[str]]) -> str:
+    """Name the machines of a revision, and their stages where there are several machines."""
+    if len(machines) < 2:
+        return next(iter(machines), "not recorded")
+    return "; ".join(f"{machine} ({', '.join(stages)})" for machine, stages in machines.items())
 
 
 def markdown(review: Review) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,100 +15,142 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from lab.git import git_output, need_commit
 from stages.errors import UserError
-from stages.params import flat
+from stages.params import flat, values_of
+from stages.summary import parity_terms, terms_of
 
 WORKSPACE = "workspace"
 METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")
+PREDICTIONS = "metrics/predictions.jsonl"
+COSTS = "metrics/costs.json"
 MAIN = ("origin/main", "main", "origin/HEAD", "master")  # what it may be called
 FETCH_ALL = "this clone is shallow, `git fetch --unshallow` brings the commits before"
 
 
 @dataclass(frozen=True)
 class Revision:
-    """A commit, or the files as they lie in the workspace."""
+    """A commit, or the files as they lie in the workspace.
+
+    A file that it lacks counts as empty; one that cannot be read raises `UserError` with one line.
+    """
 
     name: str
 
     def read(self, path: str) -> str | None:
         """Return a file's text, None where the revision lacks it."""
-        if self.name == WORKSPACE:
-            return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else None
-        shown = _git("show", f"{self.name}:./{path}")
-        return shown.stdout if shown.returncode == 0 else None
-
-    def json(self, path: str) -> Any:
-        """Return a JSON file's value, an empty mapping where there is none."""
-        return self.parsed(path, json.loads) or {}
-
-    def parsed(self, path: str, parse: Callable[[str], Any]) -> Any:
-        """Return what a file holds, None where there is none. Raises `UserError` where it is broken."""
+        data = self._bytes(path)
+        if data is None:
+            return None
         try:
-            return parse(self.read(path) or "null")
-        except (ValueError, yaml.YAMLError, OmegaConfBaseException):
-            where = "here" if self.name == WORKSPACE else f"at {self.name}"
-            raise UserError(
-                f"{path} {where} cannot be read (are conflict marks of a merge in it?): "
-                "mend it there, or compare with another commit: lab review BASE"
-            ) from None
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise self.unreadable(path, f"is not UTF-8 (byte {error.start})") from None
+        if mark := re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE):
+            line = text.count("\n", 0, mark.start()) + 1
+            raise self.unreadable(path, f"holds a merge's conflict marks (line {line})")
+        return text
+
+    def _bytes(self, path: str) -> bytes | None:
+        if self.name == WORKSPACE:
+            return Path(path).read_bytes() if Path(path).is_file() else None
+        shown = subprocess.run(["git", "show", f"{self.name}:./{path}"], capture_output=True)
+        if shown.returncode == 0:
+            return shown.stdout
+        # a partial clone whose server is away lists files that it cannot show
+        if _git("ls-tree", "--name-only", self.name, "--", path).stdout:
+            said = shown.stderr.decode(errors="replace").split("\n")[0]
+            raise UserError(f"{path} of {self.name}: git cannot show it: {said}")
+        return None
+
+    def unreadable(self, path: str, why: str) -> UserError:
+        """Return the error to raise for a file that is not as the pipeline writes it."""
+        if self.name == WORKSPACE:
+            return UserError(f"{path} {why}: `git checkout HEAD {path}`, then `dvc repro`")
+        return UserError(f"{path} of {self.name} {why}: compare with another commit")
+
+    def parse(self, path: str, parse: Callable[[str], Any], kind: type = dict) -> Any:
+        """Return what a file holds, an empty `kind` where there is no file."""
+        text = self.read(path)
+        if text is None:
+            return kind()
+        try:
+            value = parse(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise self.unreadable(path, f"is unreadable ({_in_one_line(error)})") from None
+        if not isinstance(value, kind):
+            kinds = {dict: "a mapping", list: "a list of rows"}
+            raise self.unreadable(path, f"is unreadable (it must hold {kinds[kind]})")
+        return value
 
     @cached_property
     def params(self) -> dict[str, Any]:
         """Every parameter by its dotted name."""
-        loaded = self.parsed(
-            "params.yaml", lambda text: OmegaConf.to_container(OmegaConf.create(text))
-        )
-        params = flat(loaded or {})
+        values = values_of(self.read("params.yaml") or "")
+        if not values and self.read("params.yaml"):
+            raise self.unreadable("params.yaml", "is unreadable (no YAML mapping)")
+        params = flat(values)
         params.pop("conf_digest", None)
         return params
 
     @cached_property
     def metrics(self) -> dict[str, float]:
         """Every metric by its name."""
-        return {name: value for path in METRICS for name, value in flat(self.json(path)).items()}
+        found: dict[str, float] = {}
+        for path in METRICS:
+            for name, value in flat(self.parse(path, _json)).items():
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise self.unreadable(path, f"has no number at {name}")
+                found[name] = value
+        return found
 
     @cached_property
     def prompts(self) -> list[dict[str, Any]]:
         """Every test prompt with its answers and scores."""
-        # not splitlines: an answer may hold U+2028 and its like
-        lines = (self.read("metrics/predictions.jsonl") or "").split("\n")
-        return self.parsed(
-            "metrics/predictions.jsonl", lambda _: [json.loads(x) for x in lines if x]
-        )
+        # not splitlines(): U+2028 and the like may stand inside an answer
+        lines = (self.read(PREDICTIONS) or "").split("\n")
+        return [self._prompt(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+    def _prompt(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            row = _json(line)
+            row["question"], row["reference"], row["adapter"]
+            terms_of([row]), parity_terms([row])
+        except (ValueError, TypeError) as error:
+            why = f"is unreadable (line {number}: {_in_one_line(error)})"
+            raise self.unreadable(PREDICTIONS, why) from None
+        except KeyError as error:
+            raise self.unreadable(PREDICTIONS, f"lacks {error} in line {number}") from None
+        return row
 
     @cached_property
     def lock(self) -> dict[str, Any]:
         """What dvc.lock says of every stage."""
-        return (self.parsed("dvc.lock", yaml.safe_load) or {}).get("stages", {})
-
-    def cost(self, stage: str) -> dict[str, float]:
-        """Return the seconds and the peak memory of a stage's last run."""
-        return self.json("metrics/costs.json").get(stage, {})
+        stages = self.parse("dvc.lock", yaml.safe_load).get("stages") or {}
+        if not isinstance(stages, dict) or not all(map(_is_stage, stages.values())):
+            raise self.unreadable("dvc.lock", "is unreadable (a stage without its files)")
+        return stages
 
     @cached_property
-    def machines(self) -> list[str]:
-        """The machines that the stages ran on; none where the revision is older than that note."""
-        costs = self.json("metrics/costs.json").values()
-        return sorted({cost["machine"] for cost in costs if "machine" in cost})
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """Return what every stage's last run took (seconds, GiB), and on which machine."""
+        costs = self.parse(COSTS, _json)
+        if not all(isinstance(cost, dict) for cost in costs.values()):
+            raise self.unreadable(COSTS, "is unreadable (a stage without its figures)")
+        return costs
 
     def table(self, path: str) -> list[dict[str, Any]]:
         """Return the rows of a CSV file or of a JSON list; numbers are numbers."""
-        text = self.read(path)
-        if text is None:
-            return []
-        if path.endswith(".json"):
-            return self.json(path)
-        return [
-            {key: _number(value) for key, value in row.items()}
-            for row in csv.DictReader(io.StringIO(text))
-        ]
+        rows = self.parse(path, _json if path.endswith(".json") else _csv, list)
+        if not all(isinstance(row, dict) for row in rows):
+            raise self.unreadable(path, "is unreadable (a row without columns)")
+        return rows
 
 
 def find_base(given: str | None) -> Revision:
     """Return what to compare with: what was given, else where this branch left main, else the last commit."""
+    need_commit()
     for name in (given,) if given else MAIN:
         if _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").returncode == 0:
             return Revision(name) if given else _fork_point(name)
@@ -138,22 +182,60 @@ def describe(revision: Revision) -> str:
     """Name a revision as people know it: what they call it, its commit, its subject."""
     if revision.name == WORKSPACE:
         dirty = _git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-        head = _git("log", "-1", "--format=%h (%s)").stdout.strip()
+        head = _subject("HEAD")
         return f"{head} with uncommitted changes" if dirty else head
-    return _git("log", "-1", "--format=%h (%s)", revision.name).stdout.strip()
+    return _subject(revision.name)
+
+
+def _subject(name: str) -> str:
+    # the "--": a branch may be called as a folder is
+    return git_output("log", "-1", "--no-show-signature", "--format=%h (%s)", name, "--")
 
 
 def changed_files(base: Revision) -> list[str]:
     """Return the files that differ between a commit and the workspace."""
-    return _git("diff", "--name-only", "--relative", base.name).stdout.split("\n")[:-1]
+    # -z: git writes other letters than ASCII as "\\303\\251" without it
+    return git_output("diff", "--name-only", "--relative", "-z", base.name, "--").split("\0")[:-1]
 
 
 def _git(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *words], capture_output=True, text=True)
+    return subprocess.run(["git", *words], capture_output=True, encoding="utf-8", errors="replace")
+
+
+def _is_stage(entry: Any) -> bool:
+    """Say whether an entry of dvc.lock lists its files as DVC does."""
+    if not isinstance(entry, dict):
+        return False
+    listed = [entry.get("deps", []), entry.get("outs", [])]
+    files = [file for files in listed for file in (files if isinstance(files, list) else [None])]
+    return all(isinstance(file, dict) and "path" in file for file in files)
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _csv(text: str) -> list[dict[str, Any]]:
+    header, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{len(row)} cells below a heading of {len(header)}: {','.join(row)}")
+    return [dict(zip(header, map(_number, row), strict=True)) for row in rows]
 
 
 def _number(text: str) -> float | str:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
