@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT, Project
 
+from lab.azureml import register
 from lab.review import charts, command
 from lab.review.changes import Metric, Stage, machines_of
 from lab.review.gates import verdict
@@ -323,3 +324,11 @@ def test_a_shallow_clone_is_told_how_to_get_what_to_compare_with(changed, tmp_pa
     assert "this clone is shallow, `git fetch --unshallow` brings the commits before" in said
     shallow.git("fetch", "--quiet", "--unshallow")
     assert "evaluate.max_new_tokens" in shallow.python("lab.cli", "review")
+
+
+def test_what_a_version_is_registered_with_are_figures_of_quality_and_size(repository):
+    (repository.root / "metrics").mkdir()
+    (repository.root / "metrics/quality.json").write_text('{"chrf": 85.1}')
+    (repository.root / "metrics/size.json").write_text('{"onnx_mb": 97.6}')
+    (repository.root / "metrics/speed.json").write_text('{"decode_tokens_per_s_p50": 98}')
+    assert register.measured(Revision(WORKSPACE)) == {"chrf": 85.1, "onnx_mb": 97.6}

@@ -119,7 +119,8 @@ def describe(content: str, problems: list[str]) -> dict[str, str]:
 
 def measured(head: Revision) -> dict[str, float]:
     """Return the metrics of quality and size; speed is the machine's as much as the model's."""
-    found = {**head.json("metrics/quality.json"), **head.json("metrics/size.json")}
+    files = (f"metrics/{name}.json" for name in ("quality", "size"))
+    found = {key: value for file in files for key, value in head.parse(file, json.loads).items()}
     return {key: value for key, value in found.items() if isinstance(value, (int, float))}
 
 
