@@ -17,10 +17,13 @@ pytestmark = pytest.mark.azure
 URI = "azureml://registries/azureml/models/Phi-3.5-mini-instruct/versions/4"
 CONFIG = json.dumps({"model_type": "phi3", "auto_map": {"AutoModel": "modeling.Evil"}}).encode()
 WEIGHTS = save({"weight": np.ones(3, dtype=np.float32)})
+SHARD = "model-00001-of-00001.safetensors"
+INDEX = json.dumps({"weight_map": {"weight": SHARD}}).encode()
 FILES = {
     "MLmodel": b"flavors: {}",
     "model/config.json": CONFIG,
-    "model/model-00001-of-00001.safetensors": WEIGHTS,
+    f"model/{SHARD}": WEIGHTS,
+    "model/model.safetensors.index.json": INDEX,
     "model/modeling.py": b"evil",
     "components/tokenizer/tokenizer.json": b"{}",
     "components/tokenizer/tokenizer_config.json": b'{"chat_template": "x"}',
@@ -39,11 +42,12 @@ def test_a_model_of_the_catalogue_becomes_a_hugging_face_folder(network, tmp_pat
     fetch.check_is_loadable(folder)
     assert {file.name for file in folder.iterdir()} == {
         "config.json",
-        "model-00001-of-00001.safetensors",
+        SHARD,
+        "model.safetensors.index.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert (folder / "model-00001-of-00001.safetensors").read_bytes() == WEIGHTS
+    assert (folder / SHARD).read_bytes() == WEIGHTS
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
 
 
