@@ -12,7 +12,7 @@ from lab.experiments.request import FILES
 from lab.git import git_output
 from lab.overrides import check
 from stages.errors import UserError
-from stages.params import compose, data_path, flat, is_current, recompose, values_of
+from stages.params import Values, compose, flat, is_current, recompose, values_of
 
 # what a job reads beside what dvc.yaml names, and what .amlignore keeps back with reason
 STARTING = {".dvc/config", "dvc.yaml", "dvc.lock", "params.yaml", "pyproject.toml", "lab", "stages"}
@@ -47,9 +47,10 @@ def check_ignored(overrides: list[str]) -> None:
     """
     from azure.ai.ml._utils._asset_utils import get_ignore_file  # the SDK's own reading of it
 
-    ignore, needed = get_ignore_file(Path.cwd()), inputs_of_a_job(overrides)
+    values = flat(values_of(compose(overrides)))
+    ignore, needed = get_ignore_file(Path.cwd()), inputs_of_a_job(values)
     tracked = [name for name in git_output("ls-files", "-z").split("\0") if Path(name).is_file()]
-    check_tracked(flat(values_of(compose(overrides))), tracked)
+    check_tracked(values, tracked)
     held_back = [name for name in tracked if ignore.is_file_excluded(Path(name))]
     for name in held_back:
         if any(f"{name}/".startswith(f"{path}/") for path in needed):
@@ -60,19 +61,20 @@ def check_ignored(overrides: list[str]) -> None:
         print(f"Not sent, .amlignore names them: {in_short(others)}", file=sys.stderr)
 
 
-def check_tracked(values: dict, tracked: list[str]) -> None:
+def check_tracked(values: Values, tracked: list[str]) -> None:
     """Raise for a file or folder of the user's own that a job would not get, as git does not know it."""
     for path in filter(None, (values.get(key) for key in FILES)):
         if not any(f"{name}/".startswith(f"{path}/") for name in tracked):
             raise UserError(f"{path} is not in git, and a job gets only what is: git add {path}")
 
 
-def inputs_of_a_job(overrides: list[str]) -> set[str]:
+def inputs_of_a_job(values: Values) -> set[str]:
     """Return the files and folders in git that a job reads: what starts it, and what its stages depend on."""
     stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
-    data = str(data_path(values_of(compose(overrides))))
     return STARTING | {
-        data if "data.path" in dep else dep for stage in stages for dep in stage["deps"]
+        values["data.path"] if "data.path" in dep else dep
+        for stage in stages
+        for dep in stage["deps"]
     }
 
 

@@ -93,8 +93,6 @@ def check_names(asked: Namespace, overrides: Sequence[Override]) -> None:
     """Raise for a name that a queued or running experiment has; of finished ones DVC tells by itself."""
     sweep = any(override.is_sweep_override() for override in overrides)
     for name, state in taken_names().items():
-        if name is None:
-            continue
         number = name.removeprefix(f"{asked.name}-")
         if name == asked.name or (sweep and name != number and number.isdigit()):
             raise UserError(
@@ -103,11 +101,11 @@ def check_names(asked: Namespace, overrides: Sequence[Override]) -> None:
             )
 
 
-def taken_names() -> dict[str | None, str]:
+def taken_names() -> dict[str, str]:
     """Return the names of experiments that have not ended, and in which state each is."""
     from dvc.repo import Repo
 
     with Repo() as repo:
         queue = repo.experiments.celery_queue
-        found = {entry.name: "running" for entry in queue.iter_active()}
-        return found | {entry.name: "queued" for entry in queue.iter_queued()}
+        found = {entry.name: "running" for entry in queue.iter_active() if entry.name}
+        return found | {entry.name: "queued" for entry in queue.iter_queued() if entry.name}
