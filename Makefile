@@ -80,18 +80,18 @@ test: setup ## run the tests that need no Azure account and no GPU
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal --durations 30 -m "not azure and not gpu" $(PYTEST_ARGS)
 
 test-azure: setup ## run the tests of the Blob remote and its faults, on loopback (Node.js)
-	@$(BIN)/python -m lab.azurite install
+	@$(BIN)/python -m lab.remote.azurite install
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 3 --dist loadfile --durations 30 tests/azure $(PYTEST_ARGS)
 
 test-azureml: setup ## run the tests of Azure ML: jobs, models, catalogue, on loopback (Node.js)
-	@$(BIN)/python -m lab.azurite install
+	@$(BIN)/python -m lab.remote.azurite install
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal tests/azureml $(PYTEST_ARGS)
 
 azurite: setup ## start a Blob emulator on this machine and point DVC at it (Node.js)
-	@$(BIN)/python -m lab.azurite start
+	@$(BIN)/python -m lab.remote.azurite start
 
 azurite-stop: ## stop the emulator; DVC names the real remote again
-	@$(BIN)/python -m lab.azurite stop
+	@$(BIN)/python -m lab.remote.azurite stop
 
 bench: setup ## measure decoding, LoRA and AWQ beside their peers, after make repro (over an hour)
 	@$(BIN)/python -m pip install -q --no-deps -r benchmarks/peers.txt diskcache

@@ -21,10 +21,10 @@ import torch
 
 from benchmarks.machine import ROOT, keep
 from stages.adapt import convert
-from stages.checkpoint import load_dequantized
-from stages.generation import OnnxModel
-from stages.running import quietly
-from stages.settings import Optimize
+from stages.answers.generation import OnnxModel
+from stages.core.running import quietly
+from stages.core.settings import Optimize
+from stages.weights.checkpoint import load_dequantized
 
 sys.path.insert(0, str(ROOT / "tests"))
 from tiny_models import FAMILIES, checkpoint, exported, greedy, logits, tokens, trained

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import ROOT, keep
-from stages.settings import load
+from stages.core.settings import load
 
 BASE = Path("models/base")
 
@@ -102,7 +102,7 @@ def figures_of(command: list[str], cap: int) -> dict[str, Any]:
 
 def ours(folder: Path) -> dict[str, Any]:
     """Quantize by our pass."""
-    from stages.passes.awq import Awq
+    from stages.quantization.awq import Awq
 
     options = load().quantize
     tokens = {"tokens": load_file(folder / "tokens.safetensors")["calibration"]}
@@ -125,9 +125,9 @@ def quantized_by(folder: Path, *passes: tuple[type, dict[str, Any]]) -> dict[str
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
 
-    from stages.checkpoint import load_dequantized
-    from stages.perplexity import perplexity
-    from stages.running import peak_memory
+    from stages.core.running import peak_memory
+    from stages.quantization.perplexity import perplexity
+    from stages.weights.checkpoint import load_dequantized
 
     options = load().quantize
     grid = {"bits": options.bits, "group_size": options.group_size, "sym": options.symmetric}

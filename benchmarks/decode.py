@@ -116,7 +116,7 @@ def prompt_of(length: int, batch: int) -> np.ndarray:
 
 def onnx(options, adapter: Path | None = None) -> dict[str, Any]:
     """Decode with ONNX Runtime GenAI."""
-    from stages.generation import OnnxModel, og
+    from stages.answers.generation import OnnxModel, og
 
     model = OnnxModel(ONNX, {"adapter": adapter} if adapter else None)
 
@@ -152,7 +152,7 @@ def llama_cpp(options) -> dict[str, Any]:
     from llama_cpp import Llama
 
     from stages import fetch
-    from stages.settings import load
+    from stages.core.settings import load
 
     with tempfile.TemporaryDirectory() as downloads:
         source = load().model.source
@@ -177,8 +177,8 @@ def hugging_face(options) -> dict[str, Any]:
     """Decode with transformers in eager mode, on the dequantized weights in the fast dtype."""
     import torch
 
-    from stages.checkpoint import load_dequantized
-    from stages.hardware import device, fast_dtype
+    from stages.weights.checkpoint import load_dequantized
+    from stages.weights.hardware import device, fast_dtype
 
     model = load_dequantized("models/quantized", fast_dtype())
 

@@ -22,8 +22,8 @@ from transformers import AutoConfig
 
 from benchmarks.machine import ROOT, keep
 from benchmarks.workplace import run_stage, write_params
-from stages.chats import answer_ids, load_tokenizer, prompt_ids
-from stages.running import read_json
+from stages.core.running import read_json
+from stages.text.chats import answer_ids, load_tokenizer, prompt_ids
 
 TOKENS_A_ROW, ROWS_A_STEP, STEPS = 1024, 4, 100
 CHAIN = ["fetch", "prepare", "quantize", "finetune", "optimize", "adapt", "evaluate", "report"]

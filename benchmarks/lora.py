@@ -22,10 +22,10 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import ROOT, keep
-from stages.chats import answer_ids, load_tokenizer, prompt_ids, read_rows
-from stages.checkpoint import load_dequantized
-from stages.running import read_json
-from stages.settings import load
+from stages.core.running import read_json
+from stages.core.settings import load
+from stages.text.chats import answer_ids, load_tokenizer, prompt_ids, read_rows
+from stages.weights.checkpoint import load_dequantized
 
 QUANTIZED, TRAIN, VALIDATION = (
     Path("models/quantized"),

@@ -28,9 +28,9 @@ from typing import Any
 from azure.storage.blob import ContainerClient
 
 from benchmarks.machine import ROOT, installed, keep
-from lab import azurite
-from stages.errors import UserError
-from stages.running import one_line_errors
+from lab.remote import azurite
+from stages.core.errors import UserError
+from stages.core.running import one_line_errors
 
 JOBS = (1, 4, 16)
 LARGE = 1000  # megabytes from which on there is one turn, with LARGE_JOBS alone

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT
+from stages.core.running import read_json
 from stages.params import compose
-from stages.running import read_json
 
 
 def write_params(folder: Path, *overrides: str) -> None:

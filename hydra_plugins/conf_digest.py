@@ -13,9 +13,9 @@ from omegaconf.errors import MissingMandatoryValue
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the dvc command does not look for stages/ here
 
-from stages.conf import digest  # noqa: E402
-from stages.errors import UserError  # noqa: E402
-from stages.settings import validate  # noqa: E402
+from stages.core.conf import digest  # noqa: E402
+from stages.core.errors import UserError  # noqa: E402
+from stages.core.settings import validate  # noqa: E402
 
 
 def checked_digest(*, _root_: DictConfig) -> str:

@@ -11,7 +11,7 @@ if "dvc.cli" in sys.modules and "exp" in sys.argv:
         from dvc.exceptions import InvalidArgumentError
 
         from lab.experiments.request import check
-        from stages.errors import UserError
+        from stages.core.errors import UserError
 
         try:
             check(words)

@@ -1,4 +1,4 @@
-"""Where `dvc exp run` composes, it asks a remote that cannot be reached once (lab/unreachable.py)."""
+"""Where `dvc exp run` composes, it asks a remote that cannot be reached once (lab/remote/unreachable.py)."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,6 @@ if "dvc.cli" in sys.modules:  # and not where only params.yaml is composed
     from dvc.config import Config
 
     if Config.from_cwd(validate=False).get("core", {}).get("remote"):
-        from lab.unreachable import ask_once
+        from lab.remote.unreachable import ask_once
 
         ask_once()

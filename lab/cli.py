@@ -10,11 +10,11 @@ from importlib import import_module
 import typer
 from typer.core import TyperGroup
 
-from stages.running import be_quiet, one_line_errors
+from stages.core.running import be_quiet, one_line_errors
 
 COMMANDS = {  # name: where it is, and the first sentence of its help
-    "chat": ("lab.chat:chat", "Ask the ONNX model."),
-    "adapt": ("lab.adapt:adapt", "Convert a PEFT adapter for the ONNX model."),
+    "chat": ("lab.models.chat:chat", "Ask the ONNX model."),
+    "adapt": ("lab.models.adapt:adapt", "Convert a PEFT adapter for the ONNX model."),
     "results": (
         "lab.results:results",
         "Show the results of the last run, with and without the adapter.",
@@ -23,15 +23,15 @@ COMMANDS = {  # name: where it is, and the first sentence of its help
     "exp": ("lab.experiments.table:table", "Show experiments with what decides."),
     "promote": ("lab.experiments.promote:promote", "Make an experiment the default."),
     "run": ("lab.run:run", "Run what changed here, and push it."),
-    "dvc": ("lab.dvc:dvc", "Run any dvc command; a dead remote ends it in seconds."),
+    "dvc": ("lab.remote.watched_dvc:dvc", "Run any dvc command; a dead remote ends it in seconds."),
     "doctor": ("lab.doctor:doctor", "Check this machine and the remote."),
-    "fsck": ("lab.fsck:fsck", "Check that the remote holds all that dvc.lock names."),
+    "fsck": ("lab.remote.fsck:fsck", "Check that the remote holds all that dvc.lock names."),
     "submit": ("lab.azureml.submit:submit", "Run what changed on an Azure ML cluster."),
     "jobs": ("lab.azureml.jobs:jobs", "List the jobs of lab submit."),
     "cancel": ("lab.azureml.jobs:cancel", "Cancel a job."),
-    "register": ("lab.azureml.register:register", "Register the model and its adapter."),
-    "download": ("lab.azureml.download:download", "Bring a registered model to a folder."),
-    "remote": ("lab.remote_setup:group", "Set up the Azure Blob remote."),
+    "register": ("lab.registry.register:register", "Register the model and its adapter."),
+    "download": ("lab.registry.download:download", "Bring a registered model to a folder."),
+    "remote": ("lab.remote.setup:group", "Set up the Azure Blob remote."),
 }
 # square brackets in help texts are meant, a traceback is as Python writes it
 PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import typer
 
-from lab import remote, room
-from lab.fsck import cache_folder
-from stages.errors import UserError
-from stages.machine import choice, visible_gpus
+from lab import disk_room
+from lab.remote import blob as remote
+from lab.remote.fsck import cache_folder
+from stages.core.errors import UserError
+from stages.core.machine import choice, visible_gpus
 
 PACKAGES = ("dvc", "dvc-azure", "azure-storage-blob", "olive-ai", "torch", "transformers")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
@@ -116,7 +117,7 @@ def disk() -> str:
     """Say how much room is left, in the workspace or the cache, whichever has less, and what a run fills."""
     places = (writable_cache(), Path.cwd())
     free = min(shutil.disk_usage(place).free for place in places) / 2**30
-    outputs = room.of_a_run()
+    outputs = disk_room.of_a_run()
     need, why = (
         FREE_GIB,
         "a run (of a model whose size is known once it is fetched) needs at least",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 
-from stages.errors import UserError
+from stages.core.errors import UserError
 
 
 def git_output(*words: str) -> str:

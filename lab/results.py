@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.bootstrap import intervals
-from stages.errors import UserError
+from stages.core.errors import UserError
+from stages.core.running import read_json, read_jsonl
 from stages.report import figure, interval
-from stages.running import read_json, read_jsonl
-from stages.summary import MODELS
+from stages.scoring.bootstrap import intervals
+from stages.scoring.metrics import MODELS
 
 METRICS = Path("metrics")
 LINE = "{:<21} {:>7} {:<19} {:>7} {:<19}"

@@ -19,8 +19,9 @@ from typing import Annotated
 
 import typer
 
-from lab import doctor, remote
-from stages.errors import UserError
+from lab import doctor
+from lab.remote import blob as remote
+from stages.core.errors import UserError
 
 
 def run(
@@ -42,7 +43,7 @@ def run(
 ) -> None:
     """Run what changed here, and push it. Pulls what the stages need first."""
     if overrides:
-        from lab.overrides import check  # half a second of Hydra
+        from lab.experiments.overrides import check  # half a second of Hydra
 
         check(overrides)
     preflight()
@@ -111,7 +112,7 @@ def random_name() -> str:
 def dvc(*words: str) -> None:
     """Print a dvc command and run it; its failure is ours."""
     print(f"$ {shlex.join(['dvc', *words])}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "lab.dvc", *words])
+    done = subprocess.run([sys.executable, "-m", "lab.remote.watched_dvc", *words])
     if done.returncode:
         raise UserError(
             f"dvc {words[0]} failed (above); nothing is lost, the same command goes on from there"

@@ -12,8 +12,8 @@ import signal
 import sys
 import time
 
-from stages.machine import use_one_gpu
-from stages.parent import die_with_dvc
+from stages.core.machine import use_one_gpu
+from stages.core.parent import die_with_dvc
 
 STARTED = time.monotonic()
 GPU = ""  # which of several this stage uses

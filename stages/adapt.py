@@ -19,10 +19,10 @@ import onnx_ir as ir
 import onnxruntime
 from safetensors import SafetensorError, safe_open
 
-from stages.errors import UserError
-from stages.lora_inputs import BASE_MODULES, FUSED, load_graph, lora_inputs
-from stages.running import in_megabytes, run, size_of, written_beside
-from stages.settings import Settings
+from stages.adapters.lora_inputs import BASE_MODULES, FUSED, load_graph, lora_inputs
+from stages.core.errors import UserError
+from stages.core.running import in_megabytes, run, size_of, written_beside
+from stages.core.settings import Settings
 
 ADAPTER = Path("models/adapter")
 QUANTIZED = Path("models/quantized")  # what PEFT computes with, for the proof
@@ -94,7 +94,9 @@ class Piece:
 
 def adapt(settings: Settings) -> str:
     """Read the adapter, lay it out as the graph wants it, prove that it does what PEFT does, save."""
-    from stages.proof import prove_adapter  # `lab adapt` needs no PyTorch, which takes seconds
+    from stages.answers.proof import (
+        prove_adapter,  # `lab adapt` needs no PyTorch, which takes seconds
+    )
 
     with written_beside(ONNX_ADAPTER) as folder:
         folder.mkdir()

@@ -17,8 +17,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stages import parity, scores, summary
-from stages.chats import (
+from stages.answers import parity
+from stages.answers.decode_speed import measure_in_own_process
+from stages.answers.generation import OnnxModel
+from stages.core.running import run, size_of, write_json, written_beside
+from stages.core.settings import Evaluate, Settings
+from stages.scoring import scores
+from stages.scoring.metrics import MODELS, summarize
+from stages.text.chats import (
     Row,
     answer_ids,
     load_tokenizer,
@@ -27,10 +33,6 @@ from stages.chats import (
     read_rows,
     reference_of,
 )
-from stages.decode_speed import measure_in_own_process
-from stages.generation import OnnxModel
-from stages.running import run, size_of, write_json, written_beside
-from stages.settings import Evaluate, Settings
 
 ONNX = Path("models/onnx")
 ADAPTER_FILE = Path("models/onnx_adapter/adapter.onnx_adapter")
@@ -56,7 +58,7 @@ def evaluate(settings: Settings) -> str:
     metrics = {"long_prompt_perplexity": perplexity(tuned, long_prompt)}
     metrics |= parity.compare(predictions, long_prompt, options.batch_size, tuned.rope_switch)
     score(tokenizer, predictions)
-    metrics = summary.summarize(predictions) | metrics | sizes()
+    metrics = summarize(predictions) | metrics | sizes()
     write_json(RAW, metrics)
     write_predictions(predictions)
     return f"{RAW} on {len(rows)} prompts ({first_figure(metrics)})"
@@ -148,11 +150,11 @@ def score(tokenizer, predictions: list[Row]) -> None:
     """Add every prompt's own scores, with and without the adapter; the metrics are made of them."""
     exact = has_exact_answers(predictions)
     for p in predictions:
-        for name in summary.MODELS:
+        for name in MODELS:
             # of several end tokens, some are no special ones: their text would count as the answer's
             said = p[name]["tokens"][: -1 if p[name]["ended"] else None]
             p[name]["text"] = without_thought(tokenizer.decode(said, skip_special_tokens=True))
-        p["scores"] = {name: scores_of(p[name], p, exact(p)) for name in summary.MODELS}
+        p["scores"] = {name: scores_of(p[name], p, exact(p)) for name in MODELS}
 
 
 def without_thought(text: str) -> str:
@@ -198,7 +200,7 @@ def write_predictions(predictions: list[Row]) -> None:
     with written_beside(PREDICTIONS) as beside, beside.open("w", encoding="utf-8") as stream:
         for p in predictions:
             shown = {key: p[key] for key in ("kind", "question", "reference", "fact")}
-            shown |= {name: p[name]["text"] for name in summary.MODELS}
+            shown |= {name: p[name]["text"] for name in MODELS}
             shown |= {key: p[key] for key in ("parity", "scores")}
             stream.write(json.dumps(shown, ensure_ascii=False) + "\n")
 

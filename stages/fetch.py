@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages import catalogue, float8, loadable, random_model, weights
-from stages.errors import UserError
-from stages.running import in_megabytes, read_json, run, size_of, write_json, written_beside
-from stages.settings import (
+from stages.core.errors import UserError
+from stages.core.running import in_megabytes, read_json, run, size_of, write_json, written_beside
+from stages.core.settings import (
     CatalogueSource,
     HubSource,
     PathSource,
@@ -29,6 +28,7 @@ from stages.settings import (
     RandomSource,
     Settings,
 )
+from stages.sources import catalogue, float8, headers, loadable, random_model
 
 BASE = Path("models/base")
 TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -55,7 +55,7 @@ def choose(folder: Path) -> tuple[list[Path], list[str]]:
 
     transformers would load a stray model.safetensors in place of the index's shards, and attach an adapter.
     """
-    own = weights.names_of_files(folder)
+    own = headers.names_of_files(folder)
     found = sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)})
     found = [file for file in found if not file.is_dir()]
     out = [
@@ -83,7 +83,7 @@ def without(names: list[str]) -> str:
 
 def check_is_no_adapter(folder: Path) -> None:
     """Raise where there is an adapter, but no model that it could belong to."""
-    if (folder / ADAPTER).is_file() and not (folder / weights.names_of_files(folder)[0]).is_file():
+    if (folder / ADAPTER).is_file() and not (folder / headers.names_of_files(folder)[0]).is_file():
         raise UserError(
             "model.source holds an adapter without its base model: name the base model there "
             "(`lab adapt` takes the adapter)"
@@ -157,7 +157,7 @@ def from_hub(source: HubSource, folder: Path) -> None:
     where = {"revision": source.revision, "local_dir": folder, "ignore_patterns": ["*/*"]}
     try:
         snapshot_download(source.repo_id, allow_patterns=TEXT_FILES, **where)
-        own = weights.names_of_files(folder)
+        own = headers.names_of_files(folder)
         snapshot_download(source.repo_id, allow_patterns=own, **where)
     except GatedRepoError:
         raise UserError(
@@ -216,7 +216,7 @@ def check_is_loadable(folder: Path) -> None:
     for pattern in NEEDED:
         if not list(folder.glob(pattern)):
             raise UserError(f"the model at model.source has no {pattern}: choose one that has")
-    weights.read_headers(folder)
+    headers.read_headers(folder)
     read_settings(folder / "config.json")
     if (folder / "generation_config.json").is_file():
         read_settings(folder / "generation_config.json")

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import shutil
 
-from stages.running import in_megabytes, run, size_of
-from stages.settings import Settings
-from stages.training import ADAPTER, CHECKPOINTS, keep_or_clear_checkpoints, train
+from stages.core.running import in_megabytes, run, size_of
+from stages.core.settings import Settings
+from stages.training.trainer import ADAPTER, CHECKPOINTS, keep_or_clear_checkpoints, train
 
 
 def finetune(settings: Settings) -> str:

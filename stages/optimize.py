@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stages.export import export
-from stages.lora_inputs import load_graph, lora_inputs
-from stages.proof import prove_graph
-from stages.running import in_megabytes, quietly, run, size_of, written_beside
-from stages.settings import Settings
+from stages.adapters.lora_inputs import load_graph, lora_inputs
+from stages.answers.proof import prove_graph
+from stages.core.running import in_megabytes, quietly, run, size_of, written_beside
+from stages.core.settings import Settings
+from stages.graph.export import export
 
 QUANTIZED = Path("models/quantized")
 ONNX = Path("models/onnx")

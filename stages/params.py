@@ -22,10 +22,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stages.conf import CONF, digest
-from stages.errors import UserError
-from stages.running import be_quiet, one_line_errors, written_beside
-from stages.settings import PARAMS, load
+from stages.core.conf import CONF, digest
+from stages.core.errors import UserError
+from stages.core.running import be_quiet, one_line_errors, written_beside
+from stages.core.settings import PARAMS, load
 
 DONE = Path("params.ok")  # its text never changes: fetch and prepare depend on it to come later
 Values = dict[str, Any]

@@ -15,10 +15,10 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from stages.conversations import Row, read_conversations
-from stages.errors import UserError
-from stages.running import run, written_beside
-from stages.settings import Data, Settings
+from stages.core.errors import UserError
+from stages.core.running import run, written_beside
+from stages.core.settings import Data, Settings
+from stages.text.conversations import Row, read_conversations
 
 PREPARED = Path("data/prepared")
 Splits = dict[str, list[Row]]

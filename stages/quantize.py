@@ -23,15 +23,15 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, set_seed
 
-from stages.architecture import projections
-from stages.chats import check_rows, load_tokenizer, read_rows, sequences
-from stages.checkpoint import empty_model, load_dequantized, load_float
-from stages.errors import UserError
-from stages.hardware import fast_dtype
-from stages.passes.awq import Awq
-from stages.perplexity import perplexity
-from stages.running import in_megabytes, run, size_of, write_json, written_beside
-from stages.settings import Quantize, Settings
+from stages.core.errors import UserError
+from stages.core.running import in_megabytes, run, size_of, write_json, written_beside
+from stages.core.settings import Quantize, Settings
+from stages.quantization.architecture import projections
+from stages.quantization.awq import Awq
+from stages.quantization.perplexity import perplexity
+from stages.text.chats import check_rows, load_tokenizer, read_rows, sequences
+from stages.weights.checkpoint import empty_model, load_dequantized, load_float
+from stages.weights.hardware import fast_dtype
 
 BASE = Path("models/base")
 PREPARED = Path("data/prepared")

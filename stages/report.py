@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.bootstrap import intervals
-from stages.running import read_json, read_jsonl, run, write_json, written_beside
-from stages.settings import Settings
-from stages.summary import MODELS, parity_terms, terms_of
+from stages.core.running import read_json, read_jsonl, run, write_json, written_beside
+from stages.core.settings import Settings
+from stages.scoring.bootstrap import intervals
+from stages.scoring.metrics import MODELS, parity_terms, terms_of
 
 METRICS = Path("metrics")
 RAW = METRICS / "raw"

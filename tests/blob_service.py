@@ -34,8 +34,8 @@ from azure.storage.blob import (
 )
 from conftest import ROOT, Project, output_of
 
-from lab import azurite as emulator
-from stages.errors import UserError
+from lab.remote import azurite as emulator
+from stages.core.errors import UserError
 
 if TYPE_CHECKING:
     from azureml.cloud import Cloud
@@ -59,8 +59,8 @@ MAKE_PY = """\
 import random, sys, time
 from pathlib import Path
 import yaml
-from stages.parent import die_with_dvc
-from stages.running import written_beside
+from stages.core.parent import die_with_dvc
+from stages.core.running import written_beside
 
 die_with_dvc()  # as stages/__init__.py does for a real stage
 settings = yaml.safe_load(Path("params.yaml").read_text())

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
 
-from lab.adapt import adapt
+from lab.models.adapt import adapt
 from stages.adapt import convert
-from stages.errors import UserError
-from stages.generation import OnnxModel
-from stages.lora_inputs import BASE, LORA_GRAPH, load_graph
+from stages.adapters.lora_inputs import BASE, LORA_GRAPH, load_graph
+from stages.answers.generation import OnnxModel
+from stages.core.errors import UserError
 
 PROMPT = tokens(12)
 REGEX = r".*\.1\.(self_attn\.(q|v)_proj|mlp\.down_proj)"

@@ -12,13 +12,11 @@ from olive.passes.pytorch.rtn import Rtn
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.architecture import linear_groups
-from stages.checkpoint import load_dequantized
-from stages.errors import UserError
-from stages.passes import awq
-from stages.passes.awq import Awq
-from stages.passes.awq_search import Grid, output_error, search_scales
-from stages.passes.compensation import (
+from stages.core.errors import UserError
+from stages.quantization import awq
+from stages.quantization.architecture import linear_groups
+from stages.quantization.awq import Awq
+from stages.quantization.compensation import (
     Factor,
     compensate,
     factorize,
@@ -26,8 +24,10 @@ from stages.passes.compensation import (
     round_block,
     round_columns,
 )
+from stages.quantization.scale_search import Grid, output_error, search_scales
 from stages.quantize import check_group_size
-from stages.random_model import train_tokenizer
+from stages.sources.random_model import train_tokenizer
+from stages.weights.checkpoint import load_dequantized
 
 FAMILIES = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},

@@ -7,9 +7,10 @@ import torch
 from tiny_models import SHAPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages import quantize, random_model
-from stages.errors import UserError
-from stages.settings import validate
+from stages import quantize
+from stages.core.errors import UserError
+from stages.core.settings import validate
+from stages.sources import random_model
 
 LENGTH = 64
 

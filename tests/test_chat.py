@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lab import chat
-from lab.text_stream import TextStream
-from stages import random_model
-from stages.chats import load_tokenizer, prompt_ids
-from stages.errors import UserError
-from stages.generation import OnnxModel
+from lab.models import chat
+from lab.models.text_stream import TextStream
+from stages.answers.generation import OnnxModel
+from stages.core.errors import UserError
+from stages.sources import random_model
+from stages.text.chats import load_tokenizer, prompt_ids
 
 ADAPTER = "models/onnx_adapter/adapter.onnx_adapter"
 

@@ -8,8 +8,9 @@ from conftest import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages import random_model
-from stages.chats import (
+from stages.core.errors import UserError
+from stages.sources import random_model
+from stages.text.chats import (
     NOT_LEARNED,
     answer_ids,
     check_rows,
@@ -19,7 +20,6 @@ from stages.chats import (
     sequences,
     training_tokens,
 )
-from stages.errors import UserError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -443,7 +443,7 @@ def test_a_template_that_fails_on_a_row_is_told_in_one_line():
 
 
 def test_only_loading_a_tokenizer_imports_transformers():
-    said = "import sys, stages.chats; print({'torch', 'transformers'} & set(sys.modules))"
+    said = "import sys, stages.text.chats; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n"
 

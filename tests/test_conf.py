@@ -9,9 +9,9 @@ from dvc.utils.hydra import compose_and_dump
 from omegaconf.errors import OmegaConfBaseException
 
 from stages import params as guard
-from stages.conf import digest
-from stages.errors import UserError
-from stages.settings import load, load_current, validate
+from stages.core.conf import digest
+from stages.core.errors import UserError
+from stages.core.settings import load, load_current, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

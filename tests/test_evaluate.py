@@ -3,7 +3,8 @@
 import pytest
 from conftest import ROOT
 
-from stages import evaluate, random_model
+from stages import evaluate
+from stages.sources import random_model
 
 
 def test_an_end_token_is_no_part_of_the_answer_whether_special_or_not():

@@ -16,7 +16,7 @@ from lab.experiments import table
 from lab.experiments.edits import compose, leaves, write_into
 from lab.experiments.promote import promote
 from lab.experiments.table import asks_for_a_format
-from stages.errors import UserError
+from stages.core.errors import UserError
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, checkpoint, exported, greedy, logits, same, tokens, trained
 
 from stages.adapt import convert
-from stages.checkpoint import load_dequantized
-from stages.errors import UserError
-from stages.generation import OnnxModel
-from stages.settings import Optimize
+from stages.answers.generation import OnnxModel
+from stages.core.errors import UserError
+from stages.core.settings import Optimize
+from stages.weights.checkpoint import load_dequantized
 
 SHORT = tokens(12)
 

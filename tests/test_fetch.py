@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stages import fetch, weights
-from stages.errors import UserError
-from stages.settings import HubSource, PathSource
+from stages import fetch
+from stages.core.errors import UserError
+from stages.core.settings import HubSource, PathSource
+from stages.sources import headers
 
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134515008\n"
@@ -62,7 +63,7 @@ def taken(tmp_path, source) -> tuple[set[str], str]:
 
 def write_index(folder, *names: str) -> None:
     index = {"weight_map": {name: name for name in names}}
-    (folder / weights.INDEX).write_text(json.dumps(index))
+    (folder / headers.INDEX).write_text(json.dumps(index))
 
 
 def test_of_weights_only_the_shards_of_the_index_are_taken_and_others_are_said(tmp_path):
@@ -71,7 +72,7 @@ def test_of_weights_only_the_shards_of_the_index_are_taken_and_others_are_said(t
     source = model_folder(tmp_path / "source", *MODEL, *shards, *sorted(strays))
     write_index(source, *shards)
     names, said = taken(tmp_path, source)
-    assert names == {*MODEL, *shards, weights.INDEX} - strays
+    assert names == {*MODEL, *shards, headers.INDEX} - strays
     assert said.startswith(
         ", without consolidated.safetensors, model.fp16.safetensors, model.safetensors,"
     )
@@ -115,7 +116,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}'])
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     source = model_folder(tmp_path / "source", *MODEL)
-    (source / weights.INDEX).write_text(text)
+    (source / headers.INDEX).write_text(text)
     with pytest.raises(UserError, match="is no index"):
         taken(tmp_path, source)
 

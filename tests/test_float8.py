@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import float8
-from stages.errors import UserError
-from stages.weights import INDEX
+from stages.core.errors import UserError
+from stages.sources import float8
+from stages.sources.headers import INDEX
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 WEIGHT = torch.randn(130, 200, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)

@@ -3,9 +3,9 @@
 import pytest
 from tiny_models import FACTORS, checkpoint, exported, greedy, logits, same, tokens
 
-from stages.checkpoint import load_dequantized
-from stages.generation import OnnxModel
-from stages.loadable import ROPE_TYPES
+from stages.answers.generation import OnnxModel
+from stages.sources.loadable import ROPE_TYPES
+from stages.weights.checkpoint import load_dequantized
 
 ROPE = {
     "default": {"rope_theta": 5e5},

@@ -9,9 +9,9 @@ import pytest
 from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained
 
 from stages.adapt import convert
-from stages.checkpoint import load_dequantized
-from stages.errors import UserError
-from stages.generation import OnnxModel
+from stages.answers.generation import OnnxModel
+from stages.core.errors import UserError
+from stages.weights.checkpoint import load_dequantized
 
 PAD = 1  # of the tiny tokenizer; its end token as well
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from stages import random_model
-from stages.checkpoint import load_float
+from stages.sources import random_model
+from stages.weights.checkpoint import load_float
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,8 +42,8 @@ def packed(rows):
 def test_packed_rows_with_fused_kernels_equal_each_row_alone(model):
     from transformers.integrations.liger import apply_liger_kernel
 
-    from stages.packed_attention import PACKED, boundaries
-    from stages.training import LIGER
+    from stages.training.packed_attention import PACKED, boundaries
+    from stages.training.trainer import LIGER
 
     model.set_attn_implementation("eager")
     with torch.no_grad():

@@ -4,10 +4,10 @@ import pytest
 from conftest import ROOT
 from transformers import AutoTokenizer
 
-from lab.light_tokenizer import LightTokenizer
-from stages import random_model
-from stages.chats import prompt_ids
-from stages.errors import UserError
+from lab.models.light_tokenizer import LightTokenizer
+from stages.core.errors import UserError
+from stages.sources import random_model
+from stages.text.chats import prompt_ids
 
 TEXTS = ["plain words", "👩‍👩‍👧‍👦 emoji 🇨🇭", "<|im_end|> typed", "漢字\n\n  indented", ""]
 CHAT = [

@@ -9,8 +9,8 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from stages import loadable, random_model, weights
-from stages.errors import UserError
+from stages.core.errors import UserError
+from stages.sources import headers, loadable, random_model
 
 LLAMA = {
     "model_type": "llama",
@@ -153,7 +153,7 @@ def test_a_tensor_in_two_shards_is_refused(folder):
     shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
     shutil.move(folder / "model.safetensors", folder / "b.safetensors")
     index = {"weight_map": {HEAD: "a.safetensors", EMBEDDING: "b.safetensors"}}
-    (folder / weights.INDEX).write_text(json.dumps(index))
+    (folder / headers.INDEX).write_text(json.dumps(index))
     assert "is in a.safetensors and b.safetensors" in refusal(folder)
 
 

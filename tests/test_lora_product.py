@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 
-from stages.lora_product import FusedLinear, fuse_products
+from stages.training.lora_product import FusedLinear, fuse_products
 
 
 def adapted(**options) -> torch.nn.Module:

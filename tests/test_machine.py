@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from stages import machine
+from stages.core import machine
 
 
 @pytest.fixture

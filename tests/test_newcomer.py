@@ -19,8 +19,8 @@ import psutil
 import pytest
 from conftest import HANGS, ROOT
 
-from lab import azurite as emulator
 from lab.cli import COMMANDS
+from lab.remote import azurite as emulator
 
 TINY = "-S model=tiny -S evaluate=quick -S evaluate/gates=none -S finetune.max_steps=2"
 STARTED = "Running stage 'fetch'"

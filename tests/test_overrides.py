@@ -3,8 +3,8 @@
 import pytest
 from conftest import ROOT
 
-from lab import overrides
-from stages.errors import UserError
+from lab.experiments import overrides
+from stages.core.errors import UserError
 from stages.params import compose, flat, values_of
 
 

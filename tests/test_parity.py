@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, checkpoint, greedy, tokens
 
-from stages import parity
-from stages.checkpoint import load_dequantized
+from stages.answers import parity
+from stages.weights.checkpoint import load_dequantized
 
 pytestmark = pytest.mark.slow
 PROMPT, ANSWER_LENGTH = [5, 17, 33, 101, 7], 6

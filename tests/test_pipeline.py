@@ -9,8 +9,8 @@ import pytest
 import yaml
 from conftest import ROOT, Project, clone, left_behind, stages_that_ran, wait_until
 
-from stages import random_model
-from stages.machine import machine
+from stages.core.machine import machine
+from stages.sources import random_model
 
 pytestmark = pytest.mark.slow
 
@@ -156,7 +156,7 @@ def test_a_comment_in_conf_reruns_nothing_but_the_guard(project):
 
 def test_an_applied_override_survives_an_edit_of_the_schema(tried):
     tried.dvc("exp", "apply", "shorter")
-    with (tried.root / "stages/settings.py").open("a") as file:
+    with (tried.root / "stages/core/settings.py").open("a") as file:
         file.write("# a remark\n")
     assert stages_that_ran(tried.dvc("repro")) == ["params"]
     assert params(tried)["evaluate"]["max_new_tokens"] == 6
@@ -233,7 +233,7 @@ def test_killing_dvc_kills_the_stage_and_what_it_started(tmp_path, shell):
 WAIT = f"""\
 import subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from stages.parent import die_with_dvc
+from stages.core.parent import die_with_dvc
 die_with_dvc()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
 import os

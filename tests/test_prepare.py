@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 from stages import prepare
-from stages.conversations import read_conversations
-from stages.errors import UserError
-from stages.settings import validate
+from stages.core.errors import UserError
+from stages.core.settings import validate
+from stages.text.conversations import read_conversations
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny_models import EXACT, FAMILIES, checkpoint, exported, trained
 
-from stages import proof
 from stages.adapt import convert
-from stages.errors import UserError
-from stages.settings import Optimize
+from stages.answers import proof
+from stages.core.errors import UserError
+from stages.core.settings import Optimize
 
 FAST = Optimize(execution_provider="cpu", accuracy_level=4)
 

@@ -9,15 +9,15 @@ import pytest
 import yaml
 from conftest import ROOT, Project
 
-from lab.azureml import register
+from lab.registry import register
 from lab.review import charts, command
 from lab.review.changes import Metric, Stage, machines_of
 from lab.review.gates import verdict
 from lab.review.intervals import intervals
 from lab.review.page import cell, in_words
 from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, find_base
-from stages.errors import UserError
-from stages.settings import Gate
+from stages.core.errors import UserError
+from stages.core.settings import Gate
 
 
 def prompts(right: list[int]) -> list[dict]:

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT
 from safetensors import SafetensorError
 
-from stages.errors import UserError
-from stages.running import one_line_errors, write_json, written_beside
+from stages.core.errors import UserError
+from stages.core.running import one_line_errors, write_json, written_beside
 
 FULL = "the disk is full: free some space"
 MEMORY = "out of memory: close other programs"

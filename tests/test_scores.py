@@ -1,6 +1,6 @@
 """Scores: a fact counts as whole words only, repetition counts what stood there before."""
 
-from stages.scores import chrf, exact_match, repetition_rate, rouge_l
+from stages.scoring.scores import chrf, exact_match, repetition_rate, rouge_l
 
 
 def test_a_fact_counts_anywhere_in_the_answer_whatever_its_case():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, checkpoint, tokens
 
-from stages.chats import NOT_LEARNED
-from stages.checkpoint import load_dequantized
-from stages.shared_opening import opening_of, share_opening
+from stages.text.chats import NOT_LEARNED
+from stages.training.shared_prefix import opening_of, share_opening
+from stages.weights.checkpoint import load_dequantized
 
 
 def packed(rows: list[list[int]], prompt: int) -> dict[str, torch.Tensor]:

@@ -12,9 +12,9 @@ import torch
 import yaml
 from conftest import Project, wait_until
 
-from stages import training
-from stages.checkpoint import load_dequantized, load_packed
-from stages.settings import validate
+from stages.core.settings import validate
+from stages.training import trainer
+from stages.weights.checkpoint import load_dequantized, load_packed
 
 pytestmark = pytest.mark.slow
 ADAPTER = "models/adapter/adapter_model.safetensors"
@@ -65,7 +65,7 @@ def test_packed_weights_give_what_the_dequantized_ones_give(finished):
     ("file", "kept"),
     [
         ("stages/report.py", True),
-        ("stages/training.py", False),
+        ("stages/training/trainer.py", False),
         ("data/prepared/train.jsonl", False),
     ],
 )
@@ -73,14 +73,14 @@ def test_checkpoints_outlive_edits_of_what_finetune_does_not_depend_on(
     file, kept, tmp_path, monkeypatch, params
 ):
     monkeypatch.chdir(tmp_path)
-    for path in ("stages/report.py", "stages/training.py", "data/prepared/train.jsonl"):
+    for path in ("stages/report.py", "stages/training/trainer.py", "data/prepared/train.jsonl"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text("before")
-    deps = ["stages/training.py", "data/prepared"]
+    deps = ["stages/training/trainer.py", "data/prepared"]
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"finetune": {"deps": deps}}}))
     options = validate(params).finetune
-    training.keep_or_clear_checkpoints(options)
-    (training.CHECKPOINTS / "checkpoint-10").mkdir()
+    trainer.keep_or_clear_checkpoints(options)
+    (trainer.CHECKPOINTS / "checkpoint-10").mkdir()
     Path(file).write_text("after")
-    training.keep_or_clear_checkpoints(options)
-    assert (training.CHECKPOINTS / "checkpoint-10").exists() == kept
+    trainer.keep_or_clear_checkpoints(options)
+    assert (trainer.CHECKPOINTS / "checkpoint-10").exists() == kept

@@ -8,10 +8,10 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages import training
-from stages.chats import NOT_LEARNED
-from stages.errors import UserError
-from stages.settings import validate
+from stages.core.errors import UserError
+from stages.core.settings import validate
+from stages.text.chats import NOT_LEARNED
+from stages.training import trainer
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def fit(monkeypatch, options):
         prompt, answer = row["lengths"]
         return [1] * (prompt + answer), [NOT_LEARNED] * prompt + [1] * answer
 
-    monkeypatch.setattr(training, "training_tokens", tokens)
+    monkeypatch.setattr(trainer, "training_tokens", tokens)
 
     def fitted(*lengths):
         rows = [{"lengths": pair, "source": f"mine.jsonl:{n}"} for n, pair in enumerate(lengths, 1)]
-        return training.fitting(None, rows, "train", options(max_length=16))
+        return trainer.fitting(None, rows, "train", options(max_length=16))
 
     return fitted
 
@@ -67,7 +67,7 @@ def test_rows_of_which_none_keeps_an_answer_stop_the_stage(fit):
 
 def test_every_pass_over_the_rows_is_complete_and_in_another_order(options):
     rows = Dataset.from_list([{"row": number} for number in range(8)])
-    order = training.laid_out(rows, options(max_steps=6, batch_size=4))["row"]
+    order = trainer.laid_out(rows, options(max_steps=6, batch_size=4))["row"]
     passes = [list(order[first : first + 8]) for first in (0, 8, 16)]
     assert [sorted(rows) for rows in passes] == [list(range(8))] * 3
     assert passes[0] != passes[1] != passes[2]
@@ -75,26 +75,26 @@ def test_every_pass_over_the_rows_is_complete_and_in_another_order(options):
 
 def test_fewer_rows_than_a_step_takes_are_repeated(options):
     rows = Dataset.from_list([{"row": number} for number in range(3)])
-    assert len(training.laid_out(rows, options(max_steps=2, batch_size=8))) == 16
+    assert len(trainer.laid_out(rows, options(max_steps=2, batch_size=8))) == 16
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "eval_loss"])
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(name):
-    training.CHECKPOINTS.mkdir(parents=True)
+    trainer.CHECKPOINTS.mkdir(parents=True)
     at = SimpleNamespace(global_step=5)
-    training.StopsWhenNotFinite().on_log(None, at, None, logs={name: 1.5})
+    trainer.StopsWhenNotFinite().on_log(None, at, None, logs={name: 1.5})
     with pytest.raises(UserError, match=f"{name} is not finite at step 5: nothing is saved"):
-        training.StopsWhenNotFinite().on_log(None, at, None, logs={name: float("nan")})
-    assert not training.CHECKPOINTS.exists()
+        trainer.StopsWhenNotFinite().on_log(None, at, None, logs={name: float("nan")})
+    assert not trainer.CHECKPOINTS.exists()
 
 
 def test_a_trained_weight_that_is_infinite_is_refused_by_name():
     model = torch.nn.Linear(2, 2)
-    training.refuse_not_finite(model)
+    trainer.refuse_not_finite(model)
     with torch.no_grad():
         model.bias[0] = float("inf")
     with pytest.raises(UserError, match="trained bias is not finite"):
-        training.refuse_not_finite(model)
+        trainer.refuse_not_finite(model)
 
 
 def test_the_upper_half_of_the_layers_is_adapted_where_that_is_wanted(options):
@@ -107,7 +107,7 @@ def test_the_upper_half_of_the_layers_is_adapted_where_that_is_wanted(options):
     )
     adapted = {
         layers: get_peft_model(
-            model := LlamaForCausalLM(config), training.lora_config(options(layers=layers), model)
+            model := LlamaForCausalLM(config), trainer.lora_config(options(layers=layers), model)
         )
         for layers in ("all", "upper_half")
     }

@@ -62,7 +62,7 @@ def test_the_review_step_writes_the_pages_and_fails_when_a_gate_does(project, tm
 @pytest.mark.parametrize(
     ("hook", "file", "old", "new"),
     [
-        ("ruff-check", "lab/chat.py", "import sys\n", "import sys\nundefined\n"),
+        ("ruff-check", "lab/models/chat.py", "import sys\n", "import sys\nundefined\n"),
         ("params", "params.yaml", "max_steps: 2", "max_steps: 3"),
         ("dvc-status", "stages/report.py", '"""Collect', '"""Gather'),
     ],

@@ -14,10 +14,10 @@ from olive.passes.pytorch.rtn import Rtn
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from stages import random_model
-from stages.checkpoint import load_dequantized
-from stages.export import export
-from stages.settings import Optimize
+from stages.core.settings import Optimize
+from stages.graph.export import export
+from stages.sources import random_model
+from stages.weights.checkpoint import load_dequantized
 
 SHAPE = {
     "hidden_size": 64,

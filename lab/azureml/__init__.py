@@ -1,1 +1,1 @@
-"""Azure ML: register models, submit jobs, see how they are."""
+"""Azure ML: submit jobs, see how they are, bring their results back."""

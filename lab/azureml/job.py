@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lab import run
 from lab.git import git_output
-from stages.running import be_quiet, one_line_errors
+from stages.core.running import be_quiet, one_line_errors
 
 RESULTS = ("dvc.lock", "params.yaml", "metrics")
 

@@ -20,7 +20,7 @@ import yaml
 from lab import run
 from lab.azureml.datastore import Datastore
 from lab.git import git_output
-from stages.errors import UserError
+from stages.core.errors import UserError
 
 FOLDER = "olive-lab/jobs"  # in the datastore
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
+from lab.experiments.overrides import check
 from lab.experiments.request import FILES
 from lab.git import git_output
-from lab.overrides import check
-from stages.errors import UserError
+from stages.core.errors import UserError
 from stages.params import Values, compose, flat, is_current, recompose, values_of
 
 # what a job reads beside what dvc.yaml names, and what .amlignore keeps back with reason

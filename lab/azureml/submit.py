@@ -21,11 +21,12 @@ from urllib.parse import urlsplit
 
 import typer
 
-from lab import remote, run
+from lab import run
 from lab.azureml import results, snapshot, sweep, workspace
 from lab.azureml.datastore import Datastore
-from stages import azureml
-from stages.errors import UserError
+from lab.remote import blob as remote
+from stages.core import azure
+from stages.core.errors import UserError
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
@@ -117,7 +118,7 @@ def check_compute(client: MLClient, name: str) -> None:
     """Raise unless the cluster exists, is healthy and has an identity to reach the remote with."""
     from azure.core.exceptions import ResourceNotFoundError
 
-    with azureml.in_words():
+    with azure.in_words():
         try:
             compute = client.compute.get(name)
         except ResourceNotFoundError:
@@ -151,7 +152,7 @@ def start(
             task = Task(name, overrides, stages or [], snapshot.remember(name))
             result = store.uri(f"{results.FOLDER}/{name}/")
             job = describe(task, compute, code, context, result)
-            with azureml.in_words():
+            with azure.in_words():
                 job = client.jobs.create_or_update(job)
             print(f"Submitted {name} {' '.join(overrides)}\n  {job.studio_url}", flush=True)
             tasks.append(task)
@@ -200,7 +201,7 @@ def watch(client: MLClient, job: str) -> None:
     from azure.ai.ml.exceptions import JobException
 
     try:
-        with azureml.in_words(), contextlib.suppress(JobException):  # the state tells
+        with azure.in_words(), contextlib.suppress(JobException):  # the state tells
             client.jobs.stream(job)
         state = state_of(client, job)
     except UserError as error:
@@ -221,7 +222,7 @@ def watch(client: MLClient, job: str) -> None:
 
 def state_of(client: MLClient, name: str) -> str:
     """Return a job's state in Azure ML's words."""
-    with azureml.in_words():
+    with azure.in_words():
         return word(client.jobs.get(name).status)
 
 

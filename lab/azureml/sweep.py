@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 
 from lab.review.revisions import WORKSPACE, Revision, flat
 from lab.review.stages import out_of_date
-from stages.errors import UserError
+from stages.core.errors import UserError
 from stages.params import compose
 
 GUARD = "params"

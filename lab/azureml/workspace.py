@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages import azureml
-from stages.errors import UserError
+from stages.core import azure
+from stages.core.errors import UserError
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
@@ -47,13 +47,13 @@ class Workspace:
 
     def connect(self) -> MLClient:
         """Return a client of a workspace that is there. Raises `UserError` within seconds if not."""
-        azureml.need_azure()
+        azure.need_azure()
         from azure.ai.ml import MLClient
         from azure.core.exceptions import ResourceNotFoundError
 
-        with azureml.in_words():
+        with azure.in_words():
             names = (self.subscription, self.group, self.name)
-            client = MLClient(azureml.credential(), *names, **azureml.OPTIONS)
+            client = MLClient(azure.credential(), *names, **azure.OPTIONS)
             try:
                 client.workspaces.get(self.name)
             except ResourceNotFoundError:

@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages import params
-from stages.errors import UserError
+from stages.core.errors import UserError
 from stages.params import flat, values_of
 
 DIGEST = "conf_digest"

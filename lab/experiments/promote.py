@@ -23,7 +23,7 @@ from dvc.repo import Repo
 from lab.experiments.edits import write_into
 from lab.git import git_output, need_commit, need_identity
 from stages import params
-from stages.errors import UserError
+from stages.core.errors import UserError
 
 OURS = ("conf", "params.yaml", "dvc.lock", "metrics")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
+from lab.experiments.overrides import check_form, parse_plainly
 from lab.git import git_output
-from lab.overrides import check_form, parse_plainly
-from stages.errors import UserError
+from stages.core.errors import UserError
+from stages.core.settings import PARAMS
 from stages.params import flat, text_of, values_of
-from stages.settings import PARAMS
 
 # settings that name files of the user's own
 FILES = ("data.path", "model.source.path", "model.source.corpus")

@@ -17,8 +17,8 @@ from lab.review.gates import judge
 from lab.review.intervals import intervals, same_prompts
 from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, find_base
 from lab.review.stages import OutOfDate, out_of_date
-from stages.errors import UserError
-from stages.settings import load
+from stages.core.errors import UserError
+from stages.core.settings import load
 
 
 def review(

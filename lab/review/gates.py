@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lab.review.intervals import Interval
 from lab.review.meanings import worse_by
-from stages.errors import UserError
-from stages.settings import Gate
+from stages.core.errors import UserError
+from stages.core.settings import Gate
 
 
 @dataclass(frozen=True)

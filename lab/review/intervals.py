@@ -1,4 +1,4 @@
-"""How sure a difference is: the bootstrap of stages/bootstrap.py over both revisions (Koehn 2004).
+"""How sure a difference is: the bootstrap of stages/scoring/bootstrap.py over both revisions (Koehn 2004).
 
 Both get the same draws where they were asked the same prompts, so that what is hard for both cancels out.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.bootstrap import SEED, Interval, draw, middle
+from stages.scoring.bootstrap import SEED, Interval, draw, middle
 
 Row = dict[str, Any]
 

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from lab.git import git_output, need_commit
-from stages.errors import UserError
+from stages.core.errors import UserError
 from stages.params import flat, values_of
-from stages.summary import parity_terms, terms_of
+from stages.scoring.metrics import parity_terms, terms_of
 
 WORKSPACE = "workspace"
 METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")

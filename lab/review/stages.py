@@ -13,7 +13,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage import Stage
 
-from stages.errors import UserError
+from stages.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 from azureml import cloud as azure
 from blob_service import Container, account_sas, lab
 
-from lab import azurite as emulator
-from lab import sas
-from stages.errors import UserError
+from lab.remote import azurite as emulator
+from lab.remote import sas
+from stages.core.errors import UserError
 
 pytestmark = pytest.mark.azure
 

@@ -9,7 +9,7 @@ from blob_service import lab
 
 from lab import doctor
 from lab.git import git_output
-from stages.errors import UserError
+from stages.core.errors import UserError
 
 pytestmark = pytest.mark.azure
 

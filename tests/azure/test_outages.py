@@ -23,11 +23,11 @@ from blob_service import (
 )
 from conftest import output_of
 
-from lab import azurite as emulator
-from lab import dvc as lab_dvc
-from lab import unreachable
-from lab.remote import TIMEOUT, NoContainer, Remote, need_answer
-from stages.errors import UserError
+from lab.remote import azurite as emulator
+from lab.remote import unreachable
+from lab.remote import watched_dvc as lab_dvc
+from lab.remote.blob import TIMEOUT, NoContainer, Remote, need_answer
+from stages.core.errors import UserError
 
 pytestmark = pytest.mark.azure
 

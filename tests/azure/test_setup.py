@@ -11,7 +11,7 @@ from azureml import cloud as azure
 from blob_service import account_sas, free_port, lab
 from conftest import HANGS, Project
 
-from lab import azurite as emulator
+from lab.remote import azurite as emulator
 
 pytestmark = pytest.mark.azure
 SETUP = ["remote", "setup", "--account", "somelab", "--sign-in", "connection-string"]
@@ -145,16 +145,16 @@ def own_azurite(clone, program, monkeypatch) -> Iterator[Project]:
         (clone.root / ".azurite" / name).symlink_to(program.parents[5] / name)
     monkeypatch.setenv("AZURITE_PORT", str(free_port()))
     yield clone
-    clone.python("lab.azurite", "stop")
+    clone.python("lab.remote.azurite", "stop")
 
 
 def test_the_developers_azurite_starts_serves_and_stops(own_azurite):
     clone = own_azurite
-    assert "container olive-lab" in clone.python("lab.azurite", "start")
+    assert "container olive-lab" in clone.python("lab.remote.azurite", "start")
     assert "ok    push" in lab(clone, "doctor", exits=1)  # there is no conf/ here
     clone.dvc("push")  # it is the default of plain dvc too
-    assert "Azurite answers" in clone.python("lab.azurite", "start")
-    assert "is stopped" in clone.python("lab.azurite", "stop")
+    assert "Azurite answers" in clone.python("lab.remote.azurite", "start")
+    assert "is stopped" in clone.python("lab.remote.azurite", "stop")
     assert (clone.root / ".dvc/config.local").read_text().strip() == ""
     assert "not set up" in lab(clone, "run", exits=1)
 
@@ -164,26 +164,32 @@ def test_the_developers_own_connection_string_comes_back(own_azurite, container)
     own = "DefaultEndpointsProtocol=https;AccountName=somelab;AccountKey=c2VjcmV0"
     local = container.connect(clone, connection_string=own).root / ".dvc/config.local"
     before = local.read_text()
-    clone.python("lab.azurite", "start")
-    clone.python("lab.azurite", "start")
+    clone.python("lab.remote.azurite", "start")
+    clone.python("lab.remote.azurite", "start")
     assert own not in local.read_text()
     assert (clone.root / ".azurite/previous").stat().st_mode & 0o077 == 0
-    clone.python("lab.azurite", "stop")
+    clone.python("lab.remote.azurite", "stop")
     assert own in local.read_text()
-    clone.python("lab.azurite", "stop")
+    clone.python("lab.remote.azurite", "stop")
     assert local.read_text() == before
     assert not (clone.root / ".azurite/previous").exists()
 
 
 def test_a_port_that_is_taken_is_named_with_another(own_azurite, lasting, monkeypatch):
     monkeypatch.setenv("AZURITE_PORT", str(lasting.port))
-    said = own_azurite.python("lab.azurite", "start", exits=1)
+    said = own_azurite.python("lab.remote.azurite", "start", exits=1)
     assert f"port {lasting.port} is taken: AZURITE_PORT={lasting.port + 1} make azurite" in said
 
 
 def test_without_node_azurite_says_what_to_install(clone):
     said = clone.run(
-        "/usr/bin/env", "PATH=/nowhere", sys.executable, "-m", "lab.azurite", "start", exits=1
+        "/usr/bin/env",
+        "PATH=/nowhere",
+        sys.executable,
+        "-m",
+        "lab.remote.azurite",
+        "start",
+        exits=1,
     )
     assert "install Node.js 18 or newer" in said
     assert "Traceback" not in said

@@ -27,7 +27,7 @@ from azure.storage.blob import (
     generate_container_sas,
 )
 
-from lab import azurite
+from lab.remote import azurite
 
 from . import certificates, service
 from .machine import Machines

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from stages import catalogue, fetch
-from stages.errors import UserError
-from stages.settings import CatalogueSource
+from stages import fetch
+from stages.core.errors import UserError
+from stages.core.settings import CatalogueSource
+from stages.sources import catalogue
 
 pytestmark = pytest.mark.azure
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lab.azureml import download, workspace
-from stages.errors import UserError
+from lab.azureml import workspace
+from lab.registry import download
+from stages.core.errors import UserError
 
 from .conftest import files_of
 from .service import HOME

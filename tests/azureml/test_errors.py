@@ -9,9 +9,9 @@ import time
 import pytest
 from azure.core.exceptions import ClientAuthenticationError
 
-from lab import azurite
 from lab.azureml import submit
-from stages import azureml
+from lab.remote import azurite
+from stages.core import azure
 
 from .cloud import PROXIES, STORE
 from .service import GROUP, HOME, SUBSCRIPTION, WORKSPACE, error
@@ -75,13 +75,13 @@ def test_the_sign_in_cannot_be_reached(laptop, cloud):
 
 
 def test_a_network_that_swallows_every_word_is_given_up_in_seconds(network, monkeypatch):
-    signing_in = azureml.credential()
+    signing_in = azure.credential()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for name in PROXIES:
             monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         with pytest.raises(ClientAuthenticationError):
-            signing_in.get_token(f"{azureml.ARM}/.default")
+            signing_in.get_token(f"{azure.ARM}/.default")
     assert time.monotonic() - started < PATIENCE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lab.azureml import snapshot
-from stages.errors import UserError
+from stages.core.errors import UserError
 
 
 @pytest.fixture

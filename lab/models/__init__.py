@@ -1,0 +1,1 @@
+"""Talk to the model, and bring other adapters to it."""

@@ -1,0 +1,163 @@
+"""Chat with the ONNX model and its adapter.
+
+lab chat "what is the best thing to see in chicago"
+lab chat                                             # interactive
+lab chat --no-adapter "..."                          # the base model alone
+lab chat --adapter travel=a.onnx_adapter --adapter food=b.onnx_adapter "..."    # side by side
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lab.models.light_tokenizer import LightTokenizer
+from lab.models.text_stream import TextStream
+from stages.core.errors import UserError
+
+TRAINED = "models/onnx_adapter/adapter.onnx_adapter"
+DEFAULT = "adapter"
+HELP = (
+    "/use NAME changes the adapter, /base goes without, /new forgets the conversation, /quit ends"
+)
+Messages = list[dict[str, str]]
+
+
+def chat(
+    question: Annotated[
+        str | None, typer.Argument(help="Asked once; without it, interactive.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH", help="An adapter's file, repeatable [default: the trained one]."
+        ),
+    ] = None,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")] = False,
+    model: Annotated[Path, typer.Option(help="The ONNX model's folder.")] = Path("models/onnx"),
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Ask the ONNX model. With its adapter, without, or with several side by side."""
+    if question is not None:
+        check_question(question)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without emoji shows a ? instead
+        stream.reconfigure(errors="replace")
+    if no_adapter and adapter:
+        raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
+    adapters = {} if no_adapter else parse_adapters(adapter)
+    onnx = Speaker(model, adapters)
+    opening: Messages = [{"role": "system", "content": system}] if system else []
+    if question is None:
+        converse(onnx, list(adapters), opening, max_new_tokens)
+    else:
+        messages = [*opening, {"role": "user", "content": question}]
+        ask(onnx, list(adapters), messages, max_new_tokens)
+
+
+def check_question(question: str) -> None:
+    """Raise `UserError` for a question without a word in it, or in another encoding than UTF-8."""
+    if not question.strip():
+        raise UserError("the question is empty: there is nothing to answer")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise UserError("the question is not UTF-8: set the terminal's encoding to it") from None
+
+
+def parse_adapters(given: list[str] | None) -> dict[str, Path]:
+    """Turn NAME=PATH words into a mapping; the trained adapter when none is given."""
+    adapters = {}
+    for word in given or [f"{DEFAULT}={TRAINED}"]:
+        name, _, path = word.partition("=")
+        if not (name and path):
+            raise UserError(f"--adapter {word}: must be NAME=PATH, such as travel={TRAINED}")
+        if name in adapters:
+            raise UserError(f"--adapter {word}: {name} is given twice: choose another name")
+        adapters[name] = Path(path)
+    return adapters
+
+
+class Speaker:
+    """An ONNX model with the tokenizer and the chat template that training used."""
+
+    def __init__(self, folder: Path, adapters: dict[str, Path]):
+        # imported here: a mistake in the words is told at once
+        from stages.text.chats import prompt_ids
+        from stages.answers.generation import OnnxModel
+
+        self.prompt_ids = prompt_ids
+        self.model = OnnxModel(folder, adapters)
+        self.tokenizer = LightTokenizer(folder)
+
+    def say(self, messages: Messages, adapter: str | None, max_new_tokens: int) -> str:
+        """Stream the answer to the terminal and return it; the whole conversation is read anew, so that no
+        adapter ever goes on with keys and values of another."""
+        row = {"messages": [*messages, {"role": "assistant", "content": ""}]}
+        prompt = self.prompt_ids(self.tokenizer, row)
+        stream, token = TextStream(self.tokenizer), None
+        for token in self.model.stream(prompt, max_new_tokens, adapter):
+            if token not in self.model.ends:
+                show(stream.push(token))
+        show(stream.flush() + "\n")
+        if token is not None and token not in self.model.ends:
+            print(f"(cut after {max_new_tokens} tokens: --max-new-tokens)", file=sys.stderr)
+        return stream.text
+
+
+def show(text: str) -> None:
+    """Write to the terminal at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def ask(onnx: Speaker, names: list[str], messages: Messages, max_new_tokens: int) -> None:
+    """Print the answer of every adapter, named where there are several, or of the base model."""
+    for name in names or [None]:
+        if len(names) > 1:
+            print(f"[{name}] ", end="")
+        onnx.say(messages, name, max_new_tokens)
+
+
+def converse(onnx: Speaker, names: list[str], opening: Messages, max_new_tokens: int) -> None:
+    """Hold a conversation until /quit or the end of the input."""
+    active = names[0] if names else None
+    messages = list(opening)
+    print(f"Adapters: {', '.join(names) or 'none'}. {HELP}.")
+    while (line := read_line(f"{active or 'base'}> ")) not in (None, "/quit"):
+        command, _, argument = line.partition(" ")
+        if command == "/base":
+            active = None
+        elif command == "/use" and argument in names:
+            active = argument
+        elif command == "/new":
+            messages = list(opening)
+        elif line.startswith("/"):
+            print(f"{HELP}. Adapters: {', '.join(names) or 'none'}.")
+        elif line.strip():
+            try:
+                messages = reply(onnx, messages, line, active, max_new_tokens)
+            except UserError as error:  # the conversation is longer than the model's context
+                print(f"{error}\nThis is a new conversation: ask again.")
+                messages = list(opening)
+
+
+def reply(
+    onnx: Speaker, messages: Messages, line: str, adapter: str | None, max_new_tokens: int
+) -> Messages:
+    """Answer the next line of a conversation; return the conversation with both."""
+    asked = [*messages, {"role": "user", "content": line}]
+    answer = onnx.say(asked, adapter, max_new_tokens)
+    return [*asked, {"role": "assistant", "content": answer}]
+
+
+def read_line(prompt: str) -> str | None:
+    """Read a line from the user, None at the end of the input."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        print()
+        return None

@@ -1,0 +1,42 @@
+"""Tokens to text as they come: what is printed piece by piece is byte for byte the whole answer's text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lab.models.light_tokenizer import LightTokenizer
+
+UNFINISHED = (
+    "\N{REPLACEMENT CHARACTER}"  # how a tokenizer writes a character whose bytes have not all come
+)
+
+
+class TextStream:
+    """The text of one answer. A character is held back until its last token has come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | LightTokenizer):
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.text = ""  # what push and flush have returned so far
+
+    def push(self, token: int) -> str:
+        """Take the next token; return the text that is certain now."""
+        self.tokens.append(token)
+        return self._grow(self._decoded().rstrip(UNFINISHED))
+
+    def flush(self) -> str:
+        """Return what is left when no token comes any more."""
+        return self._grow(self._decoded())
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode(
+            self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _grow(self, text: str) -> str:
+        new = text[len(self.text) :]
+        self.text += new
+        return new

@@ -1,0 +1,1 @@
+"""Registered models: in Azure ML and in git."""

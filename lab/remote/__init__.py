@@ -1,0 +1,1 @@
+"""The Azure Blob remote: its settings, reaching it, setting it up, checking what it holds."""

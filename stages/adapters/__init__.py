@@ -1,0 +1,1 @@
+"""LoRA adapters as the inputs of a graph."""

@@ -1,0 +1,1 @@
+"""The ONNX model in use: generation, decode speed, agreement with PyTorch."""

@@ -1,0 +1,273 @@
+"""Generate with ONNX Runtime GenAI: one base model, any number of named adapters.
+
+    model = OnnxModel("models/onnx", {"travel": "models/onnx_adapter/adapter.onnx_adapter"})
+    model.generate(tokens, adapter="travel", max_new_tokens=48)
+
+Without adapters model.onnx runs, at full speed; with adapters its twin lora.onnx, on the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import psutil
+
+from stages.core.errors import UserError
+
+if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    onnxruntime.preload_dlls()  # CUDA's libraries lie in Python packages, where no loader looks
+
+import onnxruntime_genai as og
+
+LORA_GRAPH = "lora.onnx"
+# what the runtime says of files that were cut or edited; anything else is this machine's fault
+DAMAGED = (
+    "out of bounds|[Pp]arsing failed|JSON Error|failed to load external|[Nn]o such file|not exist"
+)
+
+
+def cores() -> int:
+    """Return the number of physical cores that this process may use.
+
+    ONNX Runtime's own count reads the processor's topology, which virtual machines often hide: it
+    then decodes on one core of two.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(psutil.cpu_count(logical=False) or usable, usable)
+
+
+def open_model(folder: Path, graph: str) -> og.Model:
+    """Load one of a folder's graphs. Raises `UserError` where it cannot run on this machine."""
+    if not (folder / "genai_config.json").is_file() or not (folder / graph).is_file():
+        raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
+    refuse_links(folder)
+    decoder = {"filename": graph, "session_options": {"intra_op_num_threads": cores()}}
+    try:
+        config = og.Config(str(folder))
+        config.overlay(json.dumps({"model": {"decoder": decoder}}))
+        return og.Model(config)
+    except Exception as error:  # the binding raises plain Exception
+        reason = plain(error)
+        if re.search(DAMAGED, reason):
+            raise UserError(
+                f"{folder} is damaged or incomplete ({reason}): `dvc checkout --force` brings DVC's files "
+                "back, copy others again"
+            ) from None
+        raise UserError(f"{folder} cannot run on this machine: {reason}") from None
+
+
+def plain(error: Exception) -> str:
+    """Return a message of ONNX Runtime in one line, without the places in its C++ source."""
+    text = " ".join(str(error).split())
+    return re.sub(r"\S+\.(cc|h|cpp):\d+ (\w+ )?", "", text).strip() or type(error).__name__
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise `UserError` where files are links, as some values of DVC's cache.type make them."""
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() or (file.is_file() and file.stat().st_nlink > 1):
+            raise UserError(
+                f"{file} is a link, which ONNX Runtime refuses to read: "
+                "`dvc config --local cache.type reflink,copy`, then `dvc checkout --relink`"
+            )
+
+
+def read_limits(folder: Path) -> dict[str, int | None]:
+    """Return what the exported graphs need to be told, beyond genai_config.json; nothing in other folders."""
+    path = folder / "limits.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rope_switch": None}
+
+
+class OnnxModel:
+    """An ONNX Runtime GenAI model with adapters loaded beside it; tokens in, tokens out, greedily."""
+
+    def __init__(self, folder: str | Path, adapters: Mapping[str, str | Path] | None = None):
+        folder = Path(folder)
+        self.model = open_model(folder, LORA_GRAPH if adapters else "model.onnx")
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        self.context_length = config["context_length"]
+        self._pad = config["pad_token_id"]
+        self.rope_switch = read_limits(folder)["rope_switch"]
+        ends = config["eos_token_id"]  # one, or several: any of them ends an answer
+        self.ends = set(ends) if isinstance(ends, list) else {ends}
+        self._adapters = og.Adapters(self.model) if adapters else None
+        for name, file in (adapters or {}).items():
+            self._load(name, Path(file))
+
+    def _load(self, name: str, file: Path) -> None:
+        if not file.is_file():
+            wrong = "is a folder: name the file in it" if file.is_dir() else "does not exist"
+            raise UserError(f"adapter {name}: {file} {wrong}")
+        try:
+            self._adapters.load(str(file), name)
+        except Exception:  # the binding raises plain Exception, with a C++ signature for a message
+            raise UserError(
+                f"adapter {name}: {file} is not an ONNX Runtime adapter, or is damaged: "
+                "`lab adapt PEFT_DIR` makes one, `dvc checkout --force` brings ours back"
+            ) from None
+        self._check_fits(name, file)
+
+    def _check_fits(self, name: str, file: Path) -> None:
+        """Run one token: the runtime compares an adapter's shapes with the graph's inputs only then."""
+        generator = self.generator(2, name)
+        try:
+            generator.append_tokens(np.array([[0]], dtype=np.int32))
+        except Exception as error:  # the binding raises plain Exception
+            raise UserError(
+                f"adapter {name}: {file} is not made for this model ({plain(error)}): "
+                "convert it for this one with `lab adapt PEFT_DIR --model FOLDER`"
+            ) from None
+
+    def generator(
+        self,
+        max_length: int,
+        adapter: str | None = None,
+        to_the_end: bool = False,
+        batch_size: int = 1,
+    ) -> og.Generator:
+        """Return a greedy generator for sequences of at most `max_length` tokens, or exactly as many.
+
+        The cache for keys and values is as large as `max_length`, whatever the model's context.
+        """
+        params = og.GeneratorParams(self.model)
+        params.set_search_options(
+            max_length=max_length,
+            min_length=max_length if to_the_end else 0,
+            do_sample=False,
+            batch_size=batch_size,
+        )
+        generator = og.Generator(self.model, params)
+        if adapter is not None:
+            generator.set_active_adapter(self._adapters, adapter)
+        return generator
+
+    def check_lengths(self, prompt: int, answer: int) -> None:
+        """Raise `UserError` for numbers of tokens that the model cannot take."""
+        if prompt == 0:
+            raise UserError("the prompt is empty: there is nothing to answer")
+        if prompt + answer > self.context_length:
+            raise UserError(
+                f"a prompt of {prompt} tokens and an answer of up to {answer} do not fit into the "
+                f"model's context of {self.context_length}: shorten one of them"
+            )
+
+    def stream(
+        self, prompt: list[int], max_new_tokens: int, adapter: str | None = None
+    ) -> Iterator[int]:
+        """Yield the answer's tokens one by one, the token that ends it included."""
+        for tokens in self._stream([prompt], max_new_tokens, adapter):
+            yield tokens[0]
+            if tokens[0] in self.ends:
+                return
+
+    def _stream(
+        self, prompts: list[list[int]], max_new_tokens: int, adapter: str | None
+    ) -> Iterator[list[int]]:
+        """Yield the next token of every answer until all have ended."""
+        self.check_lengths(len(prompts[0]), max_new_tokens)
+        texts = [list(prompt) for prompt in prompts]
+        ended: set[int] = set()
+        for length in self._stretches(len(prompts[0]), max_new_tokens):
+            generator = self.generator(length, adapter, batch_size=len(prompts))
+            generator.append_tokens(np.array(texts, dtype=np.int32))
+            while len(texts[0]) < length and len(ended) < len(texts):
+                generator.generate_next_token()
+                tokens = [int(token) for token in generator.get_next_tokens()]
+                for row, token in enumerate(tokens):
+                    texts[row].append(token)
+                ended |= {row for row, token in enumerate(tokens) if token in self.ends}
+                yield tokens
+
+    def _stretches(self, prompt: int, new_tokens: int) -> list[int]:
+        """Return up to which lengths, in tokens, to generate with one cache.
+
+        A longrope model turns keys by other factors once a text is longer than its switch. The keys in the
+        cache have the old ones, so an answer that crosses the switch is read again from there, as PyTorch
+        does. The last token of a stretch is made from the text before it, and not read itself.
+        """
+        end = prompt + new_tokens
+        if new_tokens == 0:
+            return []
+        crosses = self.rope_switch is not None and prompt <= self.rope_switch < end - 1
+        return [self.rope_switch + 1, end] if crosses else [end]
+
+    def generate(
+        self, prompt: list[int], max_new_tokens: int, adapter: str | None = None
+    ) -> list[int]:
+        """Return the answer's tokens, the token that ends it included where it came in time."""
+        return list(self.stream(prompt, max_new_tokens, adapter))
+
+    def generate_many(
+        self, prompts: list[list[int]], max_new_tokens: int, adapter: str | None = None
+    ) -> list[list[int]]:
+        """Return what `generate` does for every prompt, at once. All must have one number of tokens.
+
+        The runtime takes a padding token at a prompt's end for padding, where prompts come in batches:
+        with such a prompt among them they are answered one by one.
+        """
+        if any(prompt[-1:] == [self._pad] for prompt in prompts):
+            return [self.generate(prompt, max_new_tokens, adapter) for prompt in prompts]
+        steps = list(self._stream(prompts, max_new_tokens, adapter))
+        return [self._cut([step[row] for step in steps]) for row in range(len(prompts))]
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """Return an answer up to its first end token, which it includes."""
+        ends = (place for place, token in enumerate(tokens, 1) if token in self.ends)
+        return tokens[: next(ends, len(tokens))]
+
+    def logits(self, tokens: list[int], adapter: str | None = None) -> np.ndarray:
+        """Return the logits after every token, [tokens, vocabulary], float32."""
+        return self._logits([tokens], adapter)[0]
+
+    def _logits(self, rows: list[list[int]], adapter: str | None) -> np.ndarray:
+        """Return the logits after every token of rows of one length, [rows, tokens, vocabulary]."""
+        length = len(rows[0])
+        self.check_lengths(length, 1)  # the runtime wants room for one token more
+        generator = self.generator(length + 1, adapter, batch_size=len(rows))
+        generator.append_tokens(np.array(rows, dtype=np.int32))
+        return np.asarray(generator.get_output("logits"), dtype=np.float32)
+
+    def negative_log_likelihood(
+        self, prompt: list[int], answer: list[int], adapter: str | None = None
+    ) -> np.ndarray:
+        """Return -log p of every token of the answer after the prompt, [answer]."""
+        return self.negative_log_likelihoods([prompt], [answer], adapter)[0]
+
+    def negative_log_likelihoods(
+        self, prompts: list[list[int]], answers: list[list[int]], adapter: str | None = None
+    ) -> list[np.ndarray]:
+        """Return what `negative_log_likelihood` does for every answer, at once; lengths may differ.
+
+        The last token of a row only costs time, no token is judged by what comes after it: it is left out.
+        Shorter rows are filled up with any token but the padding one, which the runtime treats differently.
+        Rows on both sides of a longrope switch are read one by one: a batch is turned as its longest row is.
+        """
+        if self.rope_switch is not None and len(prompts) > 1:
+            lengths = [len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True)]
+            if min(lengths) <= self.rope_switch <= max(lengths):
+                pairs = zip(prompts, answers, strict=True)
+                return [self.negative_log_likelihood(p, a, adapter) for p, a in pairs]
+        rows = [(p + a)[:-1] for p, a in zip(prompts, answers, strict=True)]
+        longest = max(map(len, rows))
+        filler = int(self._pad == 0)
+        if any(row[-1] == self._pad for row in rows):
+            longest += 1
+        logits = self._logits([row + [filler] * (longest - len(row)) for row in rows], adapter)
+        return [
+            surprise(row[len(prompt) - 1 :][: len(answer)], answer)
+            for row, prompt, answer in zip(logits, prompts, answers, strict=True)
+        ]
+
+
+def surprise(logits: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """Return -log p of each token, [tokens], from the logits before it, [tokens, vocabulary]."""
+    logits = logits.astype(np.float64)
+    highest = logits.max(axis=-1)
+    normalizer = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
+    return normalizer - logits[np.arange(len(tokens)), tokens]

@@ -1,0 +1,1 @@
+"""What every stage stands on: settings, errors, files, the machine. No result depends on it."""

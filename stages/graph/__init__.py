@@ -1,0 +1,1 @@
+"""The ONNX graphs: the export, its LoRA inputs, the packed embedding. Serves optimize."""

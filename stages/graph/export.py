@@ -1,0 +1,35 @@
+"""Build an ONNX Runtime GenAI model from a packed checkpoint: our two Olive passes, as conf/optimize says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from olive.hardware import AcceleratorSpec
+from olive.model import HfModelHandler
+from olive.passes.olive_pass import create_pass_from_dict
+
+from stages.core.settings import Optimize
+from stages.graph.genai_builder import GenaiBuilder
+from stages.graph.lora_graph import LoraGraph
+
+PROVIDERS = {
+    "cpu": AcceleratorSpec("cpu", "CPUExecutionProvider"),
+    "cuda": AcceleratorSpec("gpu", "CUDAExecutionProvider"),
+}
+
+
+def export(
+    checkpoint: Path, options: Optimize, targets: list[str] | str, folder: Path, base: str = ""
+) -> None:
+    """Write model.onnx and lora.onnx, which takes adapters for `targets`, with what belongs to them.
+
+    `base` is the base model's name, by which adapters call it.
+    """
+    where = {"disable_search": True, "accelerator_spec": PROVIDERS[options.execution_provider]}
+    level = {"accuracy_level": options.accuracy_level}
+    builder = create_pass_from_dict(GenaiBuilder, level, **where)
+    modules = None if targets == "all-linear" else list(targets)
+    adapted = {"target_modules": modules, "base": base}
+    lora = create_pass_from_dict(LoraGraph, adapted, **where)
+    # in place: the pass adds one small file to gigabytes
+    lora.run(builder.run(HfModelHandler(str(checkpoint)), str(folder)), str(folder))

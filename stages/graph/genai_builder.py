@@ -1,0 +1,294 @@
+"""An Olive pass that builds an ONNX graph with onnxruntime-genai's own model builder.
+
+    create_pass_from_dict(GenaiBuilder, {"accuracy_level": 4}, accelerator_spec=...).run(checkpoint, out)
+
+Olive's packed integers go into the graph as they are, head and embedding included, and nothing else is
+quantized: PyTorch on the dequantized checkpoint and the graph compute with the same weights. The builder is
+handed a copy of the checkpoint in the form that it reads without mistakes (`for_the_builder`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from olive.common.quant.hf_utils import OliveHfQuantizationConfig
+from olive.hardware.constants import ExecutionProvider
+from olive.model import HfModelHandler, ONNXModelHandler
+from olive.passes import Pass
+from olive.passes.pass_config import PassConfigParam
+from onnxruntime_genai.models import builder
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from stages.adapters.lora_inputs import BASE_MODULES, FUSED
+from stages.core.errors import UserError
+
+Tensors = dict[str, torch.Tensor]
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+GRAPH = "model.onnx"
+LIMITS = "limits.json"
+PACKED = ("qweight", "scales", "qzeros")
+PAGE = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class PackedEmbedding:
+    """Olive's packed embedding: its tensors by kind, and whether the head has the same integers."""
+
+    packed: Tensors
+    bits: int
+    group_size: int
+    tied: bool
+
+
+class GenaiBuilder(Pass):
+    """Build model.onnx, model.onnx.data, genai_config.json and the tokenizer of a packed checkpoint."""
+
+    @classmethod
+    def _default_config(cls, accelerator_spec):
+        return {
+            "accuracy_level": PassConfigParam(
+                type_=int,
+                default_value=None,
+                description="activations of the CPU kernels: 1 is float32, 4 is int8",
+            )
+        }
+
+    def _run_for_config(self, model: HfModelHandler, config, output_model_path):
+        folder, source = Path(output_model_path), Path(model.model_path)
+        on_cuda = (
+            self.accelerator_spec.execution_provider == ExecutionProvider.CUDAExecutionProvider
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            checkpoint, built = Path(scratch, "checkpoint"), Path(scratch, "onnx")
+            embedding, modules = for_the_builder(source, checkpoint)
+            build(checkpoint, built, "cuda" if on_cuda else "cpu", config.accuracy_level)
+            for file in built.iterdir():
+                if file.is_file():
+                    shutil.move(file, folder)
+        finish(folder / GRAPH, embedding, modules, windows(source))
+        keep_every_position(folder / "genai_config.json")
+        limits = {"rope_switch": rope_switch(source)}
+        (folder / LIMITS).write_text(json.dumps(limits) + "\n", encoding="utf-8")
+        return ONNXModelHandler(folder, onnx_file_name=GRAPH)
+
+
+def build(checkpoint: Path, out: Path, provider: str, accuracy_level: int | None) -> None:
+    """Run the builder. What the checkpoint holds as floats stays float, whatever the builder's defaults."""
+    words = ["fuse_qkv=true", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"]
+    words.append("windowed_kv_cache=false")  # see keep_every_position
+    if accuracy_level is not None:
+        words.append(f"accuracy_level={accuracy_level}")
+    where = ("", str(checkpoint), str(out), "int4", provider, str(out.parent / "cache"))
+    options = builder.parse_extra_options(*where, words)
+    builder.create_model(*where, **options)
+
+
+def keep_every_position(genai_config: Path) -> None:
+    """Let the runtime keep all keys and values of a model with a sliding window.
+
+    The attention masks what is outside the window. The runtime's own window would drop keys in the middle of
+    a long prompt, and then stops with an error.
+    """
+    config = json.loads(genai_config.read_text(encoding="utf-8"))
+    config["model"]["decoder"].pop("sliding_window", None)
+    genai_config.write_text(json.dumps(config, indent=4), encoding="utf-8")
+
+
+def for_the_builder(source: Path, target: Path) -> tuple[PackedEmbedding | None, list[str]]:
+    """Write the checkpoint as the builder reads it; return what of it the graph needs beside that.
+
+    That is its embedding, where it is packed, and the names of its projections.
+
+    The builder knows no packed embedding, so it gets an empty one, to be replaced in the graph. It finds no
+    head where Olive ties a packed one to the embedding, so that is written out. And it cuts the zero points
+    of fused projections at the wrong rows, so these come apart here.
+    """
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    tensors = read_tensors(source)
+    check_head(tensors, config, source)
+    embedding, modules = take_embedding(tensors, config), projections(tensors)
+    split_fused(tensors, config)
+    explain_rope(config)
+    # clones, as two names may not share memory in a file
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, target / "model.safetensors")
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return embedding, modules
+
+
+def take_embedding(tensors: Tensors, config: dict) -> PackedEmbedding | None:
+    """Take a packed embedding out of the tensors; where the head is tied to it, write that out."""
+    if f"{EMBEDDING}.qweight" not in tensors:
+        return None
+    quantization = OliveHfQuantizationConfig(**config["quantization_config"])
+    options = quantization.get_qlinear_init_args(EMBEDDING)
+    kinds = [kind for kind in PACKED if f"{EMBEDDING}.{kind}" in tensors]
+    packed = {kind: tensors.pop(f"{EMBEDDING}.{kind}") for kind in kinds}
+    tied = quantization.tie_word_embeddings
+    if tied:
+        tensors |= {f"{HEAD}.{kind}": tensor for kind, tensor in packed.items()}
+    tensors[f"{EMBEDDING}.weight"] = torch.empty(0, config["hidden_size"])
+    return PackedEmbedding(packed, options["bits"], options["group_size"], tied)
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """Return every tensor of a checkpoint by name."""
+    tensors: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def check_head(tensors: Tensors, config: dict, folder: Path) -> None:
+    """Raise `UserError` where there is no head and nothing says that it is the embedding."""
+    tied = config.get("tie_word_embeddings") or config["quantization_config"]["tie_word_embeddings"]
+    if not tied and not {f"{HEAD}.weight", f"{HEAD}.qweight"} & set(tensors):
+        raise UserError(f"{folder}: lm_head.weight is missing, and config.json does not tie it")
+
+
+def split_fused(tensors: Tensors, config: dict) -> None:
+    """Cut fused projections into those that the builder reads, by rows, in place."""
+    overrides = config["quantization_config"].get("overrides") or {}
+    for name in list(tensors):
+        module, _, kind = name.rpartition(".")
+        stem, _, leaf = module.rpartition(".")
+        if leaf in FUSED:
+            pieces = tensors.pop(name).split(widths(leaf, config))
+            for part, piece in zip(FUSED[leaf], pieces, strict=True):
+                tensors[f"{stem}.{part}.{kind}"] = piece
+                if module in overrides:
+                    overrides[f"{stem}.{part}"] = overrides[module]
+
+
+def explain_rope(config: dict) -> None:
+    """Write the rope settings as the builder reads them, in place.
+
+    It overlooks linear rope in llama, reads longrope's type by its old name only, and takes every phi3 that
+    was trained on shorter texts for longrope.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if config["model_type"] == "phi3" and kind == "longrope":
+        rope["type"] = kind
+    elif kind in ("default", "linear"):  # PyTorch does not read it here
+        for place in (config, rope):
+            place.pop("original_max_position_embeddings", None)
+    if config["model_type"] == "phi3" and kind == "default":
+        config["original_max_position_embeddings"] = config["max_position_embeddings"]
+    if config["model_type"] == "llama" and kind == "linear":
+        config["rope_position_scale"] = 1 / rope["factor"]
+
+
+def widths(fused: str, config: dict) -> list[int]:
+    """Return the output widths of a fused projection's parts."""
+    if fused == "gate_up_proj":
+        return [config["intermediate_size"]] * 2
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    keys = (config.get("num_key_value_heads") or heads) * size
+    return [heads * size, keys, keys]
+
+
+def projections(tensors: Tensors) -> list[str]:
+    """Return the names of a checkpoint's linear layers, as its modules are cut: what adapters may target."""
+    names = re.findall(r"layers\.\d+\.\w+\.(\w+)\.q?weight", "\n".join(tensors))
+    return sorted({name for name in names if name.endswith("_proj")})
+
+
+def windows(checkpoint: Path) -> list[int]:
+    """Return how many tokens each layer's attention looks back on, -1 for all of them."""
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    window = getattr(config, "sliding_window", None) or -1
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else -1 for kind in kinds]
+
+
+def rope_switch(checkpoint: Path) -> int | None:
+    """Return the longest text, in tokens, that a longrope model rotates by its short factors."""
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    original = rope.get("original_max_position_embeddings")
+    return original or config.original_max_position_embeddings
+
+
+def finish(
+    path: Path, embedding: PackedEmbedding | None, modules: list[str], looks_back: list[int]
+) -> None:
+    """Put into a saved graph what the builder leaves out: sliding windows, the packed embedding, and the
+    names of the base's modules."""
+    model = ir.load(path)
+    # the builder adds the commit of the repository around its own package: ours, where .venv lies in it
+    model.producer_version = (model.producer_version or "").partition("+")[0]
+    model.metadata_props[BASE_MODULES] = ",".join(modules)
+    attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    for node, window in zip(attention, looks_back, strict=True):
+        node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
+    if embedding is not None:
+        pack_embedding(model, path, embedding)
+    ir.save(model, path)
+
+
+def pack_embedding(model: ir.Model, path: Path, embedding: PackedEmbedding) -> None:
+    """Let a graph look tokens up in the packed embedding, [vocabulary, hidden * bits / 8].
+
+    A tied one reads the head's bytes of the data file in another shape: they are stored once.
+    """
+    graph = model.graph
+    gather = next(node for node in graph if node.name == f"/{EMBEDDING.replace('.', '/')}/Gather")
+    placeholder, tokens = gather.inputs
+    output = gather.outputs[0]
+    weights = [stored(model, path, kind, embedding, output.dtype) for kind in embedding.packed]
+    node = ir.node(
+        "GatherBlockQuantized",
+        [weights[0], tokens, *weights[1:]],
+        {"bits": embedding.bits, "block_size": embedding.group_size, "quantize_axis": 1},
+        domain="com.microsoft",
+        name=f"{gather.name}BlockQuantized",
+    )
+    packed = node.outputs[0]
+    packed.name, packed.type, packed.shape = f"{node.name}/output_0", output.type, output.shape
+    graph.insert_after(gather, node)
+    output.replace_all_uses_with(packed)
+    graph.remove(gather, safe=True)
+    del graph.initializers[placeholder.name]
+
+
+def stored(
+    model: ir.Model, path: Path, kind: str, embedding: PackedEmbedding, dtype: ir.DataType
+) -> ir.Value:
+    """Return an initializer with one of the embedding's tensors; its bytes are in the data file."""
+    graph, array = model.graph, embedding.packed[kind].contiguous().numpy()
+    array = array.astype(dtype.numpy()) if kind == "scales" else array
+    name, data = f"{EMBEDDING}.{kind}", path.with_name(f"{path.name}.data")
+    if embedding.tied:
+        head = graph.initializers[f"{HEAD}.MatMulNBits.{kind}"].const_value
+        offset, length = head.offset, head.length
+    else:
+        offset, length = append(data, array.tobytes()), array.nbytes
+    where = {"name": name, "shape": ir.Shape(array.shape), "base_dir": path.parent}
+    element = ir.DataType.from_numpy(array.dtype)
+    tensor = ir.ExternalTensor(data.name, offset, length, element, **where)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(element), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def append(file: Path, content: bytes) -> int:
+    """Append to a data file at a whole page, from where it can be mapped; return the offset."""
+    with file.open("ab") as stream:
+        stream.write(bytes(-stream.tell() % PAGE))
+        offset = stream.tell()
+        stream.write(content)
+    return offset

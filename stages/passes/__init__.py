@@ -1,1 +1,0 @@
-"""Olive passes of our own: activation-aware quantization and optional LoRA inputs."""

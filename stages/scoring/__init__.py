@@ -1,0 +1,1 @@
+"""From answers to scores, from scores to metrics, from metrics to intervals."""

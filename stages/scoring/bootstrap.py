@@ -1,0 +1,71 @@
+"""How sure a figure is: a bootstrap over the test prompts (Efron 1979).
+
+Prompts are drawn anew, with replacement, within each kind; the wordings of one fact are drawn together, since
+a model that knows the fact answers them all. It says what other prompts could have changed, not what
+another training seed could.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import numpy as np
+
+from stages.scoring.metrics import Terms, finish, parity_terms, terms_of
+
+Row = dict[str, Any]
+Interval = tuple[float, float]
+
+DRAWS = 4000
+SEED = 0
+LEVEL = 95  # percent
+
+
+def intervals(rows: list[Row]) -> dict[str, Interval]:
+    """Return the 95 % interval of every metric that is made of prompts."""
+    drawn = draw(rows, np.random.default_rng(SEED))
+    return {name: middle(values) for name, values in drawn.items()}
+
+
+def middle(values: np.ndarray) -> Interval:
+    """Return the interval that holds the middle 95 % of drawn values, [draws]."""
+    tail = (100 - LEVEL) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def draw(rows: list[Row], random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return every metric, [draws] each, over prompts drawn anew."""
+    facts, kinds = facts_of(rows)
+    times = how_often(kinds, random)
+    terms: Terms = terms_of(rows) | parity_terms(rows)
+    drawn = {}
+    for name, (above, below) in terms.items():
+        over, under = (times @ np.bincount(facts, column, len(kinds)) for column in (above, below))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            drawn[name] = finish(name, np.where(under > 0, over / under, 0.0))
+    return drawn
+
+
+def facts_of(rows: list[Row]) -> tuple[np.ndarray, list[str]]:
+    """Return, [prompts], which fact each prompt asks for, and, [facts], the kind of each fact."""
+    numbers = number((row["kind"], row["reference"]) for row in rows)
+    kinds = dict(zip(numbers, (row["kind"] for row in rows), strict=True))
+    return np.array(numbers), [kinds[fact] for fact in range(len(kinds))]
+
+
+def number(keys: Iterable[Hashable]) -> list[int]:
+    """Number keys in the order in which they first come."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def how_often(kinds: list[str], random: np.random.Generator) -> np.ndarray:
+    """Return, [draws, facts], how often each fact is drawn; every kind keeps its number of facts."""
+    times = np.zeros((DRAWS, len(kinds)))
+    for kind in sorted(set(kinds)):
+        members = [index for index, other in enumerate(kinds) if other == kind]
+        share = np.full(len(members), 1 / len(members))
+        times[:, members] = random.multinomial(len(members), share, size=DRAWS)
+    return times

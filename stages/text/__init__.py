@@ -1,0 +1,1 @@
+"""Conversations: read from files of many layouts, rendered by a chat template."""

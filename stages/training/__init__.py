@@ -1,0 +1,1 @@
+"""How a LoRA adapter is trained: rows and their order, trainer, kernels. Serves finetune."""
