@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import ROOT, keep
-from stages.adapt import convert
+from stages.adapters.convert import convert
 from stages.answers.generation import OnnxModel
 from stages.core.running import quietly
 from stages.core.settings import Optimize

@@ -23,6 +23,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import ROOT, keep
+from stages.core.files import read_jsonl
 from stages.core.settings import load
 
 BASE = Path("models/base")
@@ -60,11 +61,13 @@ def main() -> None:
 
 def write_tokens(folder: Path, sequences: int | None) -> None:
     """Write the calibration set and the held-out text as the quantize stage draws them."""
-    from stages.quantize import calibration_set, heldout_prose
+    from stages.quantization.calibration import calibration_set, heldout_prose
+    from stages.quantize import HELDOUT, PREPARED
 
     options = load().quantize
-    calibration = calibration_set(options)[:sequences].clone()
-    tokens = {"calibration": calibration, "validation": heldout_prose(options)}
+    rows = read_jsonl(PREPARED / "calibration.jsonl")
+    calibration = calibration_set(BASE, rows, options)[:sequences].clone()
+    tokens = {"calibration": calibration, "validation": heldout_prose(BASE, HELDOUT, options)}
     save_file(tokens, folder / "tokens.safetensors")
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from benchmarks.machine import ROOT, keep
 from benchmarks.workplace import run_stage, write_params
-from stages.core.running import read_json
+from stages.core.files import read_json
 from stages.text.chats import answer_ids, load_tokenizer, prompt_ids
 
 TOKENS_A_ROW, ROWS_A_STEP, STEPS = 1024, 4, 100

@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import ROOT, keep
-from stages.core.running import read_json
+from stages.core.files import read_json
 from stages.core.settings import load
 from stages.text.chats import answer_ids, load_tokenizer, prompt_ids, read_rows
 from stages.weights.checkpoint import load_dequantized

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stages.core.running import write_json
+from stages.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT
-from stages.core.running import read_json
+from stages.core.files import read_json
 from stages.params import compose
 
 

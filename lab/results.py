@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import UserError
-from stages.core.running import read_json, read_jsonl
+from stages.core.files import read_json, read_jsonl
 from stages.report import figure, interval
 from stages.scoring.bootstrap import intervals
 from stages.scoring.metrics import MODELS

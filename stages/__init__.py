@@ -1,28 +1,15 @@
 """The stages of the pipeline, one module each, named like the DVC stage that runs it.
 
-Importing this package turns telemetry off before any library can read its switch, and keeps the model hub
-for the stage that fetches: PEFT asks it about every base model that it saves an adapter of. A stage
-dies with the DVC that runs it, and sees one GPU. It looks for no garbage among what it imports, see
-`running.run`.
+Behind them lie rooms, one subject each (docs/architecture.md). Importing this package turns telemetry off
+before any library can read its switch. Where a stage starts, it also begins the stage's process, and keeps
+the model hub for the stage that fetches: PEFT asks it about every base model that it saves an adapter of.
 """
 
-import gc
 import os
-import signal
 import sys
-import time
 
-from stages.core.machine import use_one_gpu
-from stages.core.parent import die_with_dvc
+from stages.core.process import begin
 
-STARTED = time.monotonic()
-GPU = ""  # which of several this stage uses
-if sys.argv[0] == "-m":  # `python -m stages.quantize`: Python is still looking for the module
-    die_with_dvc()
-    GPU = use_one_gpu()
-    gc.disable()
-    # while it imports, too, Ctrl-C ends it with one word
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
 for _switch in (
     "DO_NOT_TRACK",
     "HF_HUB_DISABLE_TELEMETRY",
@@ -30,5 +17,7 @@ for _switch in (
     "ORT_DISABLE_TELEMETRY",
 ):
     os.environ.setdefault(_switch, "1")
-if "stages.fetch" not in sys.orig_argv:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if sys.argv[0] == "-m":  # `python -m stages.quantize`: Python is still looking for the module
+    if "stages.fetch" not in sys.orig_argv:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    begin()

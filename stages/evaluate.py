@@ -20,7 +20,8 @@ from tqdm import tqdm
 from stages.answers import parity
 from stages.answers.decode_speed import measure_in_own_process
 from stages.answers.generation import OnnxModel
-from stages.core.running import run, size_of, write_json, written_beside
+from stages.core.files import read_jsonl, size_of, write_json, written_beside
+from stages.core.running import run
 from stages.core.settings import Evaluate, Settings
 from stages.scoring import scores
 from stages.scoring.metrics import MODELS, summarize
@@ -30,7 +31,6 @@ from stages.text.chats import (
     load_tokenizer,
     prompt_ids,
     question_of,
-    read_rows,
     reference_of,
 )
 
@@ -40,6 +40,8 @@ TEST = Path("data/prepared/test.jsonl")
 RAW = Path("metrics/raw/evaluate.json")
 PREDICTIONS = Path("metrics/raw/predictions.jsonl")
 SPEED = Path("metrics/speed/decode.json")
+QUANTIZED = Path("models/quantized")  # with PEFT_ADAPTER, what PyTorch answers with
+PEFT_ADAPTER = Path("models/adapter")
 ADAPTER = "adapter"
 
 
@@ -47,7 +49,7 @@ def evaluate(settings: Settings) -> str:
     """Time it, let it answer, compare with PyTorch, score, save."""
     options = settings.evaluate
     tokenizer = load_tokenizer(ONNX)
-    rows = sample(read_rows(TEST), options)
+    rows = sample(read_jsonl(TEST), options)
     predictions = [tokenize(tokenizer, row) for row in rows]
     write_json(SPEED, speed(predictions, options))
     base = OnnxModel(ONNX)
@@ -56,7 +58,9 @@ def evaluate(settings: Settings) -> str:
     tuned = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE})
     answer(tuned, "adapter", ADAPTER, predictions, options)
     metrics = {"long_prompt_perplexity": perplexity(tuned, long_prompt)}
-    metrics |= parity.compare(predictions, long_prompt, options.batch_size, tuned.rope_switch)
+    metrics |= parity.compare(
+        QUANTIZED, PEFT_ADAPTER, predictions, long_prompt, options.batch_size, tuned.rope_switch
+    )
     score(tokenizer, predictions)
     metrics = summarize(predictions) | metrics | sizes()
     write_json(RAW, metrics)
@@ -130,7 +134,7 @@ def of_one_length(predictions: list[Row], size: int) -> Iterator[list[Row]]:
 def long_prompt_of(tokenizer, options: Evaluate, context_length: int) -> list[int]:
     """Return many chats in a row, within the context, to see that positions far out still work."""
     text: list[int] = []
-    for row in read_rows(TEST):
+    for row in read_jsonl(TEST):
         text += prompt_ids(tokenizer, row) + answer_ids(tokenizer, row)
     wanted = min(len(text), options.long_prompt_tokens)
     if wanted >= context_length:  # the runtime wants room for one token more

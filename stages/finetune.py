@@ -3,23 +3,56 @@
     python -m stages.finetune        # conf/finetune says how
 
 Training runs on the 4-bit weights' own values, so that the adapter sees the error that inference will
-have. Only the answer is trained, in the model's chat template.
+have. Only answers are learned, in the model's chat template. A killed run leaves checkpoints outside DVC's
+outputs; the next run with the same settings, rows and base goes on from the last one and ends with the same
+adapter, bit for bit.
 """
 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
-from stages.core.running import in_megabytes, run, size_of
+from transformers import set_seed
+
+from stages.core.files import in_megabytes, size_of, write_json, written_beside
+from stages.core.running import RUNTIME, run
 from stages.core.settings import Settings
-from stages.training.trainer import ADAPTER, CHECKPOINTS, keep_or_clear_checkpoints, train
+from stages.text.chats import load_tokenizer
+from stages.training import checkpoints
+from stages.training.rows import load_rows, order_rows
+from stages.training.trainer import (
+    load_base,
+    loss_curve,
+    make_trainer,
+    save_adapter,
+    train,
+    training_cost,
+)
+
+QUANTIZED = Path("models/quantized")
+PREPARED = Path("data/prepared")
+ADAPTER = Path("models/adapter")
+METRICS = Path("metrics/raw/finetune.json")
+COST = RUNTIME / "training.json"
+CHECKPOINTS = Path("models/.finetune")
 
 
 def finetune(settings: Settings) -> str:
-    """Train, and forget the checkpoints of a finished run."""
+    """Load base and rows, train, save the adapter and its loss curve, forget the checkpoints."""
     options = settings.finetune
-    keep_or_clear_checkpoints(options)
-    train(options, settings.model.name)
+    checkpoints.keep_or_clear(CHECKPOINTS, checkpoints.fingerprint(options))
+    set_seed(options.seed)
+    tokenizer = load_tokenizer(QUANTIZED)
+    rows, validation = load_rows(tokenizer, PREPARED, options)
+    base = load_base(QUANTIZED, options)
+    ordered = order_rows(rows, options)
+    trainer = make_trainer(base, tokenizer, ordered, validation, options, CHECKPOINTS)
+    train(trainer, CHECKPOINTS)
+    with written_beside(ADAPTER) as folder:
+        save_adapter(trainer.model, folder, settings.model.name)
+    write_json(METRICS, loss_curve(trainer))
+    write_json(COST, training_cost(trainer))
     shutil.rmtree(CHECKPOINTS)
     return f"{ADAPTER} ({in_megabytes(size_of(ADAPTER))}) in {options.max_steps} steps"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from stages.adapters.lora_inputs import load_graph, lora_inputs
 from stages.answers.proof import prove_graph
-from stages.core.running import in_megabytes, quietly, run, size_of, written_beside
+from stages.core.files import in_megabytes, size_of, written_beside
+from stages.core.running import quietly, run
 from stages.core.settings import Settings
 from stages.graph.export import export
 

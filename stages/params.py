@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stages.core.conf import CONF, digest
 from stages.core.errors import UserError
-from stages.core.running import be_quiet, one_line_errors, written_beside
+from stages.core.files import written_beside
+from stages.core.running import be_quiet, one_line_errors
 from stages.core.settings import PARAMS, load
 
 DONE = Path("params.ok")  # its text never changes: fetch and prepare depend on it to come later

@@ -16,7 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from stages.core.errors import UserError
-from stages.core.running import run, written_beside
+from stages.core.files import written_beside
+from stages.core.running import run
 from stages.core.settings import Data, Settings
 from stages.text.conversations import Row, read_conversations
 

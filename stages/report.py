@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.core.running import read_json, read_jsonl, run, write_json, written_beside
+from stages.core.files import read_json, read_jsonl, write_json, written_beside
+from stages.core.running import run
 from stages.core.settings import Settings
 from stages.scoring.bootstrap import intervals
 from stages.scoring.metrics import MODELS, parity_terms, terms_of

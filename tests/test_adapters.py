@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
 
 from lab.models.adapt import adapt
-from stages.adapt import convert
+from stages.adapters.convert import convert
 from stages.adapters.lora_inputs import BASE, LORA_GRAPH, load_graph
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError

@@ -7,16 +7,16 @@ import torch
 from tiny_models import SHAPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages import quantize
 from stages.core.errors import UserError
 from stages.core.settings import validate
+from stages.quantization import calibration
 from stages.sources import random_model
 
 LENGTH = 64
 
 
 @pytest.fixture
-def base(tmp_path, monkeypatch):
+def base(tmp_path):
     """A tiny model with more embedding rows than its tokenizer has tokens."""
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"text": "where is Chicago?"}) + "\n")
@@ -24,14 +24,13 @@ def base(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(400, mean_resizing=False)
     model.save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(quantize, "BASE", tmp_path / "base")
     return tmp_path / "base"
 
 
 def test_no_id_beyond_the_tokenizer_is_drawn(base):
     known = set(AutoTokenizer.from_pretrained(base).get_vocab().values())
     assert len(known) < 400
-    written = quantize.self_text(8, LENGTH, seed=1)
+    written = calibration.self_text(base, 8, LENGTH, seed=1)
     assert written.shape == (8, LENGTH)
     assert set(written.flatten().tolist()) <= known
 
@@ -40,27 +39,23 @@ def test_a_token_without_an_embedding_row_is_not_drawn(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([f"<{n}>" for n in range(500 - len(tokenizer))])
     tokenizer.save_pretrained(base)
-    assert quantize.self_text(4, LENGTH, seed=1).max() < 400
+    assert calibration.self_text(base, 4, LENGTH, seed=1).max() < 400
 
 
 def test_where_tokenizer_and_embedding_agree_every_id_is_drawn_as_before(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([f"<{n}>" for n in range(400 - len(tokenizer))])
     tokenizer.save_pretrained(base)
-    firsts = quantize.self_text(4, LENGTH, seed=1).view(-1, LENGTH // 4)[:, :1]
+    firsts = calibration.self_text(base, 4, LENGTH, seed=1).view(-1, LENGTH // 4)[:, :1]
     torch.manual_seed(1)
     assert torch.equal(firsts, torch.randint(400, (16, 1)))
 
 
-def test_rows_that_do_not_fit_the_chat_template_stop_the_stage_before_any_work(
-    base, params, tmp_path, monkeypatch
-):
+def test_rows_that_do_not_fit_the_chat_template_stop_the_stage_before_any_work(base, params):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [
         {"messages": turns, "source": f"mine.jsonl:{n}", "tools": [{"name": "f"}] * (n > 1)}
         for n in range(1, 4)
     ]
-    (tmp_path / "calibration.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(quantize, "PREPARED", tmp_path)
     with pytest.raises(UserError, match=r"2 of 3 rows .*\nmine.jsonl:2: has tools, which"):
-        quantize.calibration_set(validate(params).quantize)
+        calibration.calibration_set(base, rows, validate(params).quantize)

@@ -10,7 +10,7 @@ from onnxruntime import InferenceSession
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, checkpoint, exported, greedy, logits, same, tokens, trained
 
-from stages.adapt import convert
+from stages.adapters.convert import convert
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.core.settings import Optimize

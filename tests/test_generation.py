@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained
 
-from stages.adapt import convert
+from stages.adapters.convert import convert
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.weights.checkpoint import load_dequantized

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import EXACT, FAMILIES, checkpoint, exported, trained
 
-from stages.adapt import convert
+from stages.adapters.convert import convert
 from stages.answers import proof
 from stages.core.errors import UserError
 from stages.core.settings import Optimize

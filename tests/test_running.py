@@ -10,7 +10,8 @@ from conftest import ROOT
 from safetensors import SafetensorError
 
 from stages.core.errors import UserError
-from stages.core.running import one_line_errors, write_json, written_beside
+from stages.core.files import write_json, written_beside
+from stages.core.running import one_line_errors
 
 FULL = "the disk is full: free some space"
 MEMORY = "out of memory: close other programs"

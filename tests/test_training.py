@@ -13,7 +13,7 @@ import yaml
 from conftest import Project, wait_until
 
 from stages.core.settings import validate
-from stages.training import trainer
+from stages.training import checkpoints
 from stages.weights.checkpoint import load_dequantized, load_packed
 
 pytestmark = pytest.mark.slow
@@ -79,8 +79,8 @@ def test_checkpoints_outlive_edits_of_what_finetune_does_not_depend_on(
     deps = ["stages/training/trainer.py", "data/prepared"]
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"finetune": {"deps": deps}}}))
     options = validate(params).finetune
-    trainer.keep_or_clear_checkpoints(options)
-    (trainer.CHECKPOINTS / "checkpoint-10").mkdir()
+    checkpoints.keep_or_clear(Path("kept"), checkpoints.fingerprint(options))
+    Path("kept/checkpoint-10").mkdir()
     Path(file).write_text("after")
-    trainer.keep_or_clear_checkpoints(options)
-    assert (trainer.CHECKPOINTS / "checkpoint-10").exists() == kept
+    checkpoints.keep_or_clear(Path("kept"), checkpoints.fingerprint(options))
+    assert Path("kept/checkpoint-10").exists() == kept

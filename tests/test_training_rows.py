@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stages.core.errors import UserError
 from stages.core.settings import validate
 from stages.text.chats import NOT_LEARNED
+from stages.training import rows as rows_of_training
 from stages.training import trainer
 
 
@@ -38,11 +39,11 @@ def fit(monkeypatch, options):
         prompt, answer = row["lengths"]
         return [1] * (prompt + answer), [NOT_LEARNED] * prompt + [1] * answer
 
-    monkeypatch.setattr(trainer, "training_tokens", tokens)
+    monkeypatch.setattr(rows_of_training, "training_tokens", tokens)
 
     def fitted(*lengths):
         rows = [{"lengths": pair, "source": f"mine.jsonl:{n}"} for n, pair in enumerate(lengths, 1)]
-        return trainer.fitting(None, rows, "train", options(max_length=16))
+        return rows_of_training.truncate_rows(None, rows, "train", options(max_length=16))
 
     return fitted
 
@@ -67,7 +68,7 @@ def test_rows_of_which_none_keeps_an_answer_stop_the_stage(fit):
 
 def test_every_pass_over_the_rows_is_complete_and_in_another_order(options):
     rows = Dataset.from_list([{"row": number} for number in range(8)])
-    order = trainer.laid_out(rows, options(max_steps=6, batch_size=4))["row"]
+    order = rows_of_training.order_rows(rows, options(max_steps=6, batch_size=4))["row"]
     passes = [list(order[first : first + 8]) for first in (0, 8, 16)]
     assert [sorted(rows) for rows in passes] == [list(range(8))] * 3
     assert passes[0] != passes[1] != passes[2]
@@ -75,17 +76,28 @@ def test_every_pass_over_the_rows_is_complete_and_in_another_order(options):
 
 def test_fewer_rows_than_a_step_takes_are_repeated(options):
     rows = Dataset.from_list([{"row": number} for number in range(3)])
-    assert len(trainer.laid_out(rows, options(max_steps=2, batch_size=8))) == 16
+    assert len(rows_of_training.order_rows(rows, options(max_steps=2, batch_size=8))) == 16
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "eval_loss"])
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(name):
-    trainer.CHECKPOINTS.mkdir(parents=True)
+def test_a_loss_that_is_no_number_stops_the_run(name):
     at = SimpleNamespace(global_step=5)
     trainer.StopsWhenNotFinite().on_log(None, at, None, logs={name: 1.5})
     with pytest.raises(UserError, match=f"{name} is not finite at step 5: nothing is saved"):
         trainer.StopsWhenNotFinite().on_log(None, at, None, logs={name: float("nan")})
-    assert not trainer.CHECKPOINTS.exists()
+
+
+def test_a_run_that_diverged_leaves_no_checkpoint(tmp_path):
+    class Diverges:
+        def train(self, resume_from_checkpoint):
+            assert resume_from_checkpoint == str(tmp_path / "kept/checkpoint-5")
+            raise trainer.NotFinite("loss is not finite at step 7")
+
+    (tmp_path / "kept/checkpoint-5").mkdir(parents=True)
+    (tmp_path / "kept/checkpoint-5/trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match="at step 7"):
+        trainer.train(Diverges(), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_trained_weight_that_is_infinite_is_refused_by_name():

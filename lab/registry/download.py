@@ -19,7 +19,7 @@ from lab.azureml import workspace
 from lab.azureml.datastore import Datastore, sha256
 from stages.core import azure
 from stages.core.errors import UserError
-from stages.core.running import in_megabytes, size_of, written_beside
+from stages.core.files import in_megabytes, size_of, written_beside
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient

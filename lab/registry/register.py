@@ -26,7 +26,7 @@ from lab.review.revisions import WORKSPACE, Revision
 from lab.review.stages import out_of_date
 from stages.core import azure
 from stages.core.errors import UserError
-from stages.core.running import in_megabytes
+from stages.core.files import in_megabytes
 from stages.core.settings import load
 
 if TYPE_CHECKING:

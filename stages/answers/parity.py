@@ -19,17 +19,21 @@ from tqdm import tqdm
 
 from stages.weights.checkpoint import load_dequantized
 
-QUANTIZED = Path("models/quantized")
-PEFT_ADAPTER = Path("models/adapter")
-
 
 @torch.no_grad()
 def compare(
-    predictions: list[dict], long_prompt: list[int], batch_size: int, rope_switch: int | None = None
+    checkpoint: Path,
+    adapter: Path,
+    predictions: list[dict],
+    long_prompt: list[int],
+    batch_size: int,
+    rope_switch: int | None = None,
 ) -> dict[str, Any]:
-    """Add a `parity` verdict to every prediction; return the share of identical answers, the widest gap
+    """Let PyTorch read every prediction, on a checkpoint with a PEFT adapter.
+
+    Adds a `parity` verdict to every prediction; returns the share of identical answers, the widest gap
     (in logits) at a first divergence, and PyTorch's perplexity on the long prompt."""
-    model = PeftModel.from_pretrained(load_dequantized(QUANTIZED), PEFT_ADAPTER).eval()
+    model = PeftModel.from_pretrained(load_dequantized(checkpoint), adapter).eval()
     by_length = sorted(predictions, key=lambda p: len(p["prompt"]) + len(p["adapter"]["tokens"]))
     for first in tqdm(range(0, len(by_length), batch_size), desc="parity", unit="batch"):
         batch = by_length[first : first + batch_size]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from stages.core.settings import Quantize
+
 
 @dataclass(frozen=True)
 class LinearGroup:
@@ -76,3 +78,12 @@ def linear_groups(layer: nn.Module, config) -> list[LinearGroup]:
         LinearGroup(gates, layer.post_attention_layernorm),
         LinearGroup((mlp.down_proj,), up, first_up),
     ]
+
+
+def bits_by_module(options: Quantize, config) -> dict[str, int]:
+    """Return the bits, by name, of the modules that do not follow quantize.bits."""
+    bits = {"lm_head": options.lm_head_bits, "model.embed_tokens": options.embedding_bits}
+    for module in options.eight_bit_modules:
+        for layer in range(config.num_hidden_layers):
+            bits[f"model.layers.{layer}.{projections(config)[module]}.{module}"] = 8
+    return bits

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.core.errors import UserError
-from stages.core.running import read_json, write_json, written_beside
+from stages.core.files import read_json, write_json, written_beside
 from stages.sources.headers import INDEX, Stored, read_headers
 
 FLOATS = {"F64", "F32", "F16", "BF16"}

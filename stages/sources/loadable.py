@@ -26,7 +26,9 @@ from transformers import (
 )
 
 from stages.core.errors import UserError
-from stages.core.running import read_json, what_ran_out
+from stages.core.files import read_json, write_json
+from stages.core.running import what_ran_out
+from stages.sources import headers
 from stages.sources.headers import Stored, read_headers
 
 # The families, and by which rope types their exported graphs rotate as PyTorch does
@@ -245,3 +247,39 @@ def naming(what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: {reason}") from None
+
+
+NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def check_is_loadable(folder: Path) -> None:
+    """Raise unless the folder holds a config, safetensors weights and a tokenizer with a chat template."""
+    for pattern in NEEDED:
+        if not list(folder.glob(pattern)):
+            raise UserError(f"the model at model.source has no {pattern}: choose one that has")
+    headers.read_headers(folder)
+    read_settings(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        read_settings(folder / "generation_config.json")
+    settings = read_settings(folder / "tokenizer_config.json")
+    if not (folder / "chat_template.jinja").exists() and not settings.get("chat_template"):
+        raise UserError("the model at model.source has no chat template: choose an instruct model")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read a model's JSON settings. Raises `UserError` where they are none."""
+    try:
+        settings = read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file.name} at model.source is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file.name} at model.source is no mapping: choose another model")
+    return settings
+
+
+def forget_remote_code(folder: Path) -> None:
+    """Drop the pointers to Python files of the model's author: the classes of transformers are used."""
+    for name in ("config.json", "tokenizer_config.json"):
+        content = read_settings(folder / name)
+        if content.pop("auto_map", None):
+            write_json(folder / name, content)

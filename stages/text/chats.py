@@ -67,12 +67,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read a JSONL file that `prepare` wrote; a line separator of Unicode may stand inside a text."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
-
-
 def question_of(row: Row) -> str:
     """Return the text of the last user turn."""
     return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch.nn.functional import linear
 
-from stages.weights.checkpoint import PackedLinear
+from stages.weights.packed import PackedLinear
 
 
 def fuse_products(model: torch.nn.Module) -> None:

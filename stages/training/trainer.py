@@ -1,93 +1,50 @@
-"""Train the adapter: the body of the finetune stage.
+"""The trainer: TRL's, on rows packed end to end, with the loss on answers only.
 
-    train(options, "SmolLM2")        # after keep_or_clear_checkpoints(options)
-
-TRL trains on rows packed end to end, and only on the answers. The order of rows is laid out beforehand, for
-all steps. A killed run leaves checkpoints outside DVC's outputs; the next run with the same settings, rows
-and base goes on from the last one and ends with the same adapter, bit for bit.
+trainer = make_trainer(load_base(folder, options), tokenizer, train, validation, options, checkpoints)
+train(trainer, checkpoints)
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig, SFTTrainer
 
 from stages.core.errors import UserError
-from stages.core.running import (
-    RUNTIME,
-    peak_memory,
-    write_json,
-    written_beside,
-)
+from stages.core.running import peak_memory
 from stages.core.settings import Finetune
-from stages.text.chats import (
-    NOT_LEARNED,
-    Row,
-    check_rows,
-    load_tokenizer,
-    read_rows,
-    training_tokens,
-    writes_the_date,
-)
+from stages.text.chats import NOT_LEARNED
+from stages.training import checkpoints
 from stages.training.lora_product import fuse_products
 from stages.training.packed_attention import PACKED, boundaries
 from stages.training.shared_prefix import share_opening
 from stages.weights.checkpoint import load_dequantized, load_packed
 from stages.weights.hardware import device, fast_dtype
 
-QUANTIZED = Path("models/quantized")
-PREPARED = Path("data/prepared")
-ADAPTER = Path("models/adapter")
-METRICS = Path("metrics/raw/finetune.json")
-COST = RUNTIME / "training.json"
-CHECKPOINTS = Path("models/.finetune")
 LOWER = "nothing is saved: lower finetune.lr, or look at the data"
-NAMED = 20  # rows that a warning names; the others are counted
 # Norms, activations and rotations in one kernel each; the loss is our own.
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def train(options: Finetune, base: str) -> None:
-    """Load, train, save the adapter, which names its base, and its loss curve."""
-    set_seed(options.seed)
-    tokenizer = load_tokenizer(QUANTIZED)
-    train, validation = load_rows(tokenizer, options)
-    train = laid_out(train, options)
-    model = load_base(options)
-    check_targets(model, options)
-    trainer = make_trainer(model, tokenizer, train, validation, options)
-    trainer.add_callback(StopsWhenNotFinite())
-    fuse_products(trainer.model)
-    checkpoint = last_complete_checkpoint()
-    if checkpoint:
-        print(f"finetune: goes on from step {checkpoint.rpartition('-')[2]}", flush=True)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    refuse_not_finite(trainer.model)
-    with written_beside(ADAPTER) as folder:
-        save(trainer.model, folder, base)
-    write_json(METRICS, loss_curve(trainer))
-    write_json(COST, training_cost(trainer))
+class NotFinite(UserError):
+    """A loss, gradient or trained weight is NaN or infinite."""
 
 
-def load_base(options: Finetune) -> torch.nn.Module:
+def load_base(folder: Path, options: Finetune) -> torch.nn.Module:
     """Return the frozen base in the fast dtype: dequantized, or packed to save memory."""
     load = load_packed if options.base == "packed" else load_dequantized
-    model = load(QUANTIZED, fast_dtype())
+    model = load(folder, fast_dtype())
+    check_targets(model, options)
     if device() == "cuda":
         model.set_attn_implementation(PACKED)
         apply_liger_kernel(model, LIGER)
@@ -96,95 +53,37 @@ def load_base(options: Finetune) -> torch.nn.Module:
     return model
 
 
-def load_rows(tokenizer: PreTrainedTokenizerBase, options: Finetune) -> tuple[Dataset, Dataset]:
-    """Return the tokens and labels of training rows and of a sample of validation rows.
+def train(trainer: AnswerTrainer, folder: Path) -> None:
+    """Train from the last complete checkpoint in `folder`, or from the start.
 
-    Raises `UserError` that names the rows of which the chat template makes something else.
+    Raises `NotFinite` for a run that diverged. Its checkpoints go too: the next run would resume from one.
     """
-    names = (
-        "train",
-        "validation",
-        "test",
-    )  # the last, so that evaluate does not fail after the training
-    train, validation, test = (read_rows(PREPARED / f"{name}.jsonl") for name in names)
-    changed = check_rows(tokenizer, [*train, *validation, *test])
-    warn("rows with an answer that the chat template shows changed, cut or not at all", changed)
-    if writes_the_date(tokenizer):
-        print("finetune: the chat template writes today's date: 26 July 2024 in every row and chat")
-    validation = validation[:: max(1, len(validation) // options.validation_rows)]
-    splits = {"train": train, "validation": validation}
-    return tuple(fitting(tokenizer, rows, name, options) for name, rows in splits.items())
-
-
-def fitting(
-    tokenizer: PreTrainedTokenizerBase, rows: list[Row], name: str, options: Finetune
-) -> Dataset:
-    """Return rows cut to finetune.max_length; those that keep no answer are left out, and named.
-
-    A cut answer is trained on as far as it goes: nothing teaches the model to end there.
-    Raises `UserError` where no row keeps an answer.
-    """
-    kept, cut, left_out = [], [], []
-    for row in rows:
-        tokens, labels = training_tokens(tokenizer, row)
-        short = {"input_ids": tokens[: options.max_length], "labels": labels[: options.max_length]}
-        if all(label == NOT_LEARNED for label in short["labels"][1:]):
-            left_out.append(row["source"])
-            continue
-        kept.append(short)
-        if len(tokens) > options.max_length:
-            cut.append(row["source"])
-    limit = f"finetune.max_length is {options.max_length}"
-    if not kept:
-        raise UserError(
-            f"{limit}: no row of {name} keeps a token of its answer "
-            f"({named(left_out)}): raise it, or bring shorter prompts"
-        )
-    warn(f"{limit}: {name} rows that keep no answer and are left out", left_out)
-    warn(f"{limit}: {name} rows whose answer loses its end", cut)
-    return Dataset.from_list(kept)
-
-
-def warn(what: str, sources: list[str]) -> None:
-    """Print how many rows something happened to, and which."""
-    if sources and int(os.environ.get("RANK", "0")) == 0:
-        print(f"finetune: {what}: {len(sources)} ({named(sources)})", flush=True)
-
-
-def named(sources: list[str]) -> str:
-    """Return the first of the rows' file:line, and dots for the others."""
-    return ", ".join([*sources[:NAMED], *(["..."] if len(sources) > NAMED else [])])
-
-
-def laid_out(rows: Dataset, options: Finetune) -> Dataset:
-    """Return the rows of all steps in their order: shuffled anew for every pass over them.
-
-    Read from first to last, they need no random state that a resumed run would have to restore.
-    """
-    shuffle = random.Random(options.seed)
-    order: list[int] = []
-    while len(order) < options.max_steps * options.batch_size:
-        order += shuffle.sample(range(len(rows)), len(rows))
-    return rows.select(order[: options.max_steps * options.batch_size])
+    checkpoint = checkpoints.last_complete(folder)
+    if checkpoint:
+        print(f"finetune: goes on from step {checkpoint.rpartition('-')[2]}", flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        refuse_not_finite(trainer.model)
+    except NotFinite:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 class StopsWhenNotFinite(TrainerCallback):
     """Stops with one line at the first logged loss or gradient that is no number."""
 
     def on_log(self, args, state, control, logs=None, **_):
-        """Raise `UserError`; the checkpoints go too, for the next run would go on from one of them."""
+        """Raise `NotFinite`."""
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(float((logs or {}).get(name, 0.0))):
-                shutil.rmtree(CHECKPOINTS, ignore_errors=True)
-                raise UserError(f"{name} is not finite at step {state.global_step}: {LOWER}")
+                raise NotFinite(f"{name} is not finite at step {state.global_step}: {LOWER}")
 
 
 def refuse_not_finite(model: torch.nn.Module) -> None:
-    """Raise `UserError` if a trained weight is NaN or infinite, before anything is saved."""
+    """Raise `NotFinite` if a trained weight is NaN or infinite, before anything is saved."""
     for name, weight in model.named_parameters():
         if weight.requires_grad and not weight.isfinite().all():
-            shutil.rmtree(CHECKPOINTS, ignore_errors=True)
-            raise UserError(f"the trained {name} is not finite: {LOWER}")
+            raise NotFinite(f"the trained {name} is not finite: {LOWER}")
 
 
 def check_targets(model: torch.nn.Module, options: Finetune) -> None:
@@ -231,54 +130,26 @@ class AnswerTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def keep_or_clear_checkpoints(options: Finetune) -> None:
-    """Keep the checkpoints that a killed run of the same settings and inputs left, clear others.
-
-    They live outside DVC's outputs, which DVC removes before it starts the stage.
-    """
-    wanted = fingerprint(options)
-    mark = CHECKPOINTS / "fingerprint"
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != wanted:
-        shutil.rmtree(CHECKPOINTS, ignore_errors=True)
-        CHECKPOINTS.mkdir(parents=True)
-        mark.write_text(wanted, encoding="utf-8")
-
-
-def last_complete_checkpoint() -> str | None:
-    """Return the newest checkpoint whose last file, the trainer's state, was written to its end."""
-    steps = {int(f.name.rpartition("-")[2]): f for f in CHECKPOINTS.glob("checkpoint-*")}
-    for _, folder in sorted(steps.items(), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            return str(folder)
-    return None
-
-
-def fingerprint(options: Finetune) -> str:
-    """Return a sha256 over the settings and over all that dvc.yaml has finetune depend on."""
-    digest = hashlib.sha256(f"{options.model_dump_json()} torch {torch.__version__}".encode())
-    stage = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["finetune"]
-    for path in map(Path, stage["deps"]):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and "__pycache__" not in file.parts:
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def make_trainer(model, tokenizer, train, validation, options: Finetune) -> AnswerTrainer:
+def make_trainer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset,
+    options: Finetune,
+    checkpoints: Path,
+) -> AnswerTrainer:
     """Put model, data and settings into TRL's trainer."""
-    return AnswerTrainer(
+    trainer = AnswerTrainer(
         model=model,
         processing_class=tokenizer,
-        args=training_arguments(options),
+        args=training_arguments(options, checkpoints),
         train_dataset=train,
         eval_dataset=validation,
         peft_config=lora_config(options, model),
+        callbacks=[StopsWhenNotFinite()],
     )
+    fuse_products(trainer.model)
+    return trainer
 
 
 def lora_config(options: Finetune, model: torch.nn.Module) -> LoraConfig:
@@ -300,15 +171,15 @@ def lora_config(options: Finetune, model: torch.nn.Module) -> LoraConfig:
     )
 
 
-def training_arguments(options: Finetune) -> SFTConfig:
+def training_arguments(options: Finetune, checkpoints: Path) -> SFTConfig:
     """Translate conf/finetune into TRL's arguments; nothing is uploaded or logged elsewhere."""
     return SFTConfig(
-        output_dir=str(CHECKPOINTS),
+        output_dir=str(checkpoints),
         use_cpu=device() == "cpu",
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
-        max_length=None,  # `fitting` has cut the rows
+        max_length=None,  # `truncate_rows` has cut the rows
         learning_rate=options.lr,
         lr_scheduler_type=options.scheduler,
         warmup_steps=options.warmup_steps,
@@ -322,7 +193,7 @@ def training_arguments(options: Finetune) -> SFTConfig:
         save_total_limit=1,
         report_to=[],
         seed=options.seed,
-        train_sampling_strategy="sequential",  # `laid_out` has chosen the order
+        train_sampling_strategy="sequential",  # `order_rows` has chosen the order
         bf16=False,  # no autocast: the base is in the fast dtype already, the adapter in float32
         padding_free=True,  # rows end to end, each with positions of its own, so none sees another
         gradient_checkpointing=options.gradient_checkpointing,
@@ -330,8 +201,8 @@ def training_arguments(options: Finetune) -> SFTConfig:
     )
 
 
-def save(model, folder: Path, base: str) -> None:
-    """Save the adapter in PEFT's format, with its settings in an order that does not change."""
+def save_adapter(model: torch.nn.Module, folder: Path, base: str) -> None:
+    """Save the adapter in PEFT's format: settings in an order that does not change, its base by name."""
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_config.json"
