@@ -19,7 +19,7 @@ from pathlib import Path
 import typer
 
 from lab import disk_room
-from lab.remote import blob as remote
+from lab.remote import config
 from lab.remote.fsck import cache_folder
 from stages.core.errors import UserError
 from stages.core.machine import choice, visible_gpus
@@ -196,14 +196,14 @@ def first_line(done: subprocess.CompletedProcess[str]) -> str:
 
 def sign_in() -> str:
     """Name the kind of sign-in that DVC takes."""
-    found = remote.load()
-    plain = f"; not plain dvc's default: `dvc remote default --local {remote.NAME}`"
-    return f"{found.sign_in}, account {found.account}{'' if remote.has_default() else plain}"
+    found = config.load()
+    plain = f"; not plain dvc's default: `dvc remote default --local {config.NAME}`"
+    return f"{found.sign_in}, account {found.account}{'' if config.has_default() else plain}"
 
 
 def reach() -> str:
     """Say whether the remote answers, with its container, and how fast."""
-    found = remote.load()
+    found = config.load()
     started = time.monotonic()
     found.check(HEARD)
     return f"{found} answers in {(time.monotonic() - started) * 1000:.0f} ms"
@@ -211,7 +211,7 @@ def reach() -> str:
 
 def writing() -> str:
     """Prove that this machine may push."""
-    return remote.load().check_writing()
+    return config.load().check_writing()
 
 
 def clock() -> str:

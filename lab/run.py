@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from lab import doctor
-from lab.remote import blob as remote
+from lab.remote import config
 from stages.core.errors import UserError
 
 
@@ -82,7 +82,7 @@ def pushing_also_after(push: list[str]) -> Iterator[None]:
 
 def preflight() -> None:
     """Raise `UserError` for what would otherwise be found out after the computing."""
-    found = remote.load()
+    found = config.load()
     found.check()
     found.check_writing()
     doctor.disk()

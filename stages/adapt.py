@@ -19,6 +19,7 @@ ADAPTER = Path("models/adapter")
 QUANTIZED = Path("models/quantized")  # what PEFT computes with, for the proof
 ONNX = Path("models/onnx")
 ONNX_ADAPTER = Path("models/onnx_adapter")
+COST = Path("metrics/speed/adapt.json")
 
 
 def adapt(settings: Settings) -> str:
@@ -36,4 +37,4 @@ def adapt(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    run(adapt)
+    run(adapt, COST)

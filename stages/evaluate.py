@@ -42,6 +42,7 @@ PREDICTIONS = Path("metrics/raw/predictions.jsonl")
 SPEED = Path("metrics/speed/decode.json")
 QUANTIZED = Path("models/quantized")  # with PEFT_ADAPTER, what PyTorch answers with
 PEFT_ADAPTER = Path("models/adapter")
+COST = Path("metrics/speed/evaluate.json")
 ADAPTER = "adapter"
 
 
@@ -210,4 +211,4 @@ def write_predictions(predictions: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    run(evaluate)
+    run(evaluate, COST)

@@ -32,6 +32,7 @@ from stages.sources.loadable import check_is_loadable, forget_remote_code
 from stages.sources.pypi import from_pypi
 
 BASE = Path("models/base")
+COST = Path("metrics/speed/fetch.json")
 
 
 def fetch(settings: Settings) -> str:
@@ -68,4 +69,4 @@ SOURCES: dict[type, Callable] = {
 }
 
 if __name__ == "__main__":
-    run(fetch)
+    run(fetch, COST)

@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from stages.core.files import in_megabytes, size_of, write_json, written_beside
-from stages.core.running import RUNTIME, run
+from stages.core.running import run
 from stages.core.settings import Settings
 from stages.text.chats import load_tokenizer
 from stages.training import checkpoints
@@ -34,7 +34,8 @@ QUANTIZED = Path("models/quantized")
 PREPARED = Path("data/prepared")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/raw/finetune.json")
-COST = RUNTIME / "training.json"
+COST = Path("metrics/speed/finetune.json")
+TRAINING_COST = Path("metrics/speed/training.json")  # of the loop alone
 CHECKPOINTS = Path("models/.finetune")
 
 
@@ -52,10 +53,10 @@ def finetune(settings: Settings) -> str:
     with written_beside(ADAPTER) as folder:
         save_adapter(trainer.model, folder, settings.model.name)
     write_json(METRICS, loss_curve(trainer))
-    write_json(COST, training_cost(trainer))
+    write_json(TRAINING_COST, training_cost(trainer))
     shutil.rmtree(CHECKPOINTS)
     return f"{ADAPTER} ({in_megabytes(size_of(ADAPTER))}) in {options.max_steps} steps"
 
 
 if __name__ == "__main__":
-    run(finetune)
+    run(finetune, COST)

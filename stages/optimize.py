@@ -19,6 +19,7 @@ from stages.graph.export import export
 
 QUANTIZED = Path("models/quantized")
 ONNX = Path("models/onnx")
+COST = Path("metrics/speed/optimize.json")
 
 
 def optimize(settings: Settings) -> str:
@@ -33,4 +34,4 @@ def optimize(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    run(optimize)
+    run(optimize, COST)

@@ -22,6 +22,7 @@ from stages.core.settings import Data, Settings
 from stages.text.conversations import Row, read_conversations
 
 PREPARED = Path("data/prepared")
+COST = Path("metrics/speed/prepare.json")
 Splits = dict[str, list[Row]]
 LOOKS_LIKE = str.maketrans(
     dict.fromkeys("‘’‚‛′´", "'")  # noqa: RUF001
@@ -166,4 +167,4 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    run(prepare)
+    run(prepare, COST)

@@ -37,6 +37,7 @@ PREPARED = Path("data/prepared")
 QUANTIZED = Path("models/quantized")
 HELDOUT = Path("data/heldout.txt")
 METRICS = Path("metrics/raw/quantize.json")
+COST = Path("metrics/speed/quantize.json")
 SMALLEST_GROUP = 16  # of the kernels that run the graph
 
 
@@ -127,4 +128,4 @@ def pass_config(options: Quantize, config: PretrainedConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(quantize)
+    run(quantize, COST)

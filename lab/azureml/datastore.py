@@ -24,7 +24,7 @@ class Datastore:
         from azure.core.exceptions import ResourceNotFoundError
         from azure.storage.blob import ContainerClient
 
-        with azure.in_words():
+        with azure.translate_errors():
             try:
                 stores = client.datastores
                 store = stores.get_default() if name is None else stores.get(name)
@@ -51,7 +51,7 @@ class Datastore:
 
     def upload(self, files: dict[str, Path], prefix: str) -> None:
         """Send files under their names below `prefix`, but for those that are there already."""
-        with azure.in_words():
+        with azure.translate_errors():
             there = {blob.name: blob for blob in self.container.list_blobs(f"{prefix}/")}
             missing = {
                 f"{prefix}/{name}": file
@@ -79,7 +79,7 @@ class Datastore:
 
     def download(self, path: str, folder: Path) -> list[str]:
         """Stream the files below `path`, or the one file that it is, to `folder`; return their names."""
-        with azure.in_words():
+        with azure.translate_errors():
             found = list(self.container.list_blobs(path))
             # what only begins with the same letters is something else
             blobs = {b.name[len(path) + 1 :]: b for b in found if b.name.startswith(f"{path}/")}
@@ -95,7 +95,7 @@ class Datastore:
 
     def read(self, prefix: str) -> dict[str, bytes]:
         """Return the (small) files below `prefix` by their names."""
-        with azure.in_words():
+        with azure.translate_errors():
             names = list(self.container.list_blob_names(name_starts_with=f"{prefix}/"))
             return {
                 name.removeprefix(f"{prefix}/"): self.container.download_blob(name).readall()
@@ -106,7 +106,7 @@ class Datastore:
         """Return a (small) file, None where there is none."""
         from azure.core.exceptions import ResourceNotFoundError
 
-        with azure.in_words():
+        with azure.translate_errors():
             try:
                 return self.container.download_blob(name).readall()
             except ResourceNotFoundError:

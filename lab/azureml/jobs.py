@@ -32,7 +32,7 @@ def jobs(
     if restore:
         restore_job(client, restore)
         return
-    with azure.in_words():
+    with azure.translate_errors():
         ours = (job for job in client.jobs.list() if job.experiment_name == submit.EXPERIMENT)
         listed = list(islice(ours, last))  # newest first: the rest of a long list is not asked for
     store = Datastore(client)
@@ -62,7 +62,7 @@ def cancel(
     state = submit.word(find(client, name).status)
     if state in submit.ENDED:
         raise UserError(f"job {name} is {state} already: nothing to cancel")
-    with azure.in_words():
+    with azure.translate_errors():
         client.jobs.begin_cancel(name)
     print(f"{name} is being canceled: lab jobs shows when it has ended")
 
@@ -71,7 +71,7 @@ def find(client, name: str):
     """Return a job by its name. Raises `UserError` where there is none."""
     from azure.core.exceptions import ResourceNotFoundError
 
-    with azure.in_words():
+    with azure.translate_errors():
         try:
             return client.jobs.get(name)
         except ResourceNotFoundError:

@@ -17,14 +17,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
 from lab import run
 from lab.azureml import results, snapshot, sweep, workspace
 from lab.azureml.datastore import Datastore
-from lab.remote import blob as remote
+from lab.remote import config
+from lab.remote.reach import is_emulator
 from stages.core import azure
 from stages.core.errors import UserError
 
@@ -95,7 +95,7 @@ def submit(
 def preflight(compute: str) -> MLClient:
     """Raise `UserError` for what a paid node would otherwise find out; return the workspace's client."""
     place = workspace.need()
-    found = remote.load()
+    found = config.load()
     if is_emulator(found.login.get("connection_string") or ""):
         raise UserError(
             "the remote is an emulator on this machine, which a job cannot reach: lab remote setup"
@@ -106,19 +106,11 @@ def preflight(compute: str) -> MLClient:
     return client
 
 
-def is_emulator(connection_string: str) -> bool:
-    """Say whether a connection string leads to this very machine."""
-    words = dict(pair.partition("=")[::2] for pair in connection_string.split(";"))
-    host = urlsplit(words.get("BlobEndpoint", "")).hostname or ""
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    return loopback or "UseDevelopmentStorage" in words
-
-
 def check_compute(client: MLClient, name: str) -> None:
     """Raise unless the cluster exists, is healthy and has an identity to reach the remote with."""
     from azure.core.exceptions import ResourceNotFoundError
 
-    with azure.in_words():
+    with azure.translate_errors():
         try:
             compute = client.compute.get(name)
         except ResourceNotFoundError:
@@ -152,7 +144,7 @@ def start(
             task = Task(name, overrides, stages or [], snapshot.remember(name))
             result = store.uri(f"{results.FOLDER}/{name}/")
             job = describe(task, compute, code, context, result)
-            with azure.in_words():
+            with azure.translate_errors():
                 job = client.jobs.create_or_update(job)
             print(f"Submitted {name} {' '.join(overrides)}\n  {job.studio_url}", flush=True)
             tasks.append(task)
@@ -201,7 +193,7 @@ def watch(client: MLClient, job: str) -> None:
     from azure.ai.ml.exceptions import JobException
 
     try:
-        with azure.in_words(), contextlib.suppress(JobException):  # the state tells
+        with azure.translate_errors(), contextlib.suppress(JobException):  # the state tells
             client.jobs.stream(job)
         state = state_of(client, job)
     except UserError as error:
@@ -222,7 +214,7 @@ def watch(client: MLClient, job: str) -> None:
 
 def state_of(client: MLClient, name: str) -> str:
     """Return a job's state in Azure ML's words."""
-    with azure.in_words():
+    with azure.translate_errors():
         return word(client.jobs.get(name).status)
 
 

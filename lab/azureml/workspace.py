@@ -51,7 +51,7 @@ class Workspace:
         from azure.ai.ml import MLClient
         from azure.core.exceptions import ResourceNotFoundError
 
-        with azure.in_words():
+        with azure.translate_errors():
             names = (self.subscription, self.group, self.name)
             client = MLClient(azure.credential(), *names, **azure.OPTIONS)
             try:

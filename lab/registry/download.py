@@ -48,7 +48,7 @@ def find(client: MLClient, model: str) -> Model:
     from azure.core.exceptions import ResourceNotFoundError
 
     name, _, version = model.partition(":")
-    with azure.in_words():
+    with azure.translate_errors():
         try:
             listed = {each.version: each for each in client.models.list(name)}
         except ResourceNotFoundError:

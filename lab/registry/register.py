@@ -12,43 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lab.azureml import workspace
-from lab.azureml.datastore import Datastore, sha256
+from lab.azureml.datastore import sha256
 from lab.git import git_output
+from lab.registry import azure_ml, git_tags
+from lab.registry.release import Release
 from lab.review.gates import judge
 from lab.review.revisions import WORKSPACE, Revision
 from lab.review.stages import out_of_date
-from stages.core import azure
 from stages.core.errors import UserError
-from stages.core.files import in_megabytes
 from stages.core.settings import load
 
 if TYPE_CHECKING:
-    from azure.ai.ml import MLClient
+    pass
 
 NAME = "ft-for-travel"
 FOLDERS = ("onnx", "onnx_adapter")  # of models/, and of a version
 SECTIONS = ("model", "data", "quantize", "finetune", "optimize")  # what makes a model what it is
 TAG_LENGTH = 1000  # Azure ML's limit for a tag's value
-
-
-@dataclass(frozen=True)
-class Release:
-    """What is registered: files by their names in the version, their hash, and what is said of them."""
-
-    files: dict[str, Path]
-    content: str
-    tags: dict[str, str]
-
-    @property
-    def size(self) -> str:
-        return in_megabytes(sum(file.stat().st_size for file in self.files.values()))
 
 
 def register(
@@ -68,9 +54,9 @@ def register(
         raise UserError(f"not registered: {'; '.join(problems)} (--force registers all the same)")
     release = prepare(problems)
     if git or (place := workspace.find()) is None:
-        git.register(name, version, release.tags)
+        git_tags.register(name, version, release.tags)
     else:
-        register_in_azure(place.connect(), name, version, release)
+        azure_ml.register(place.connect(), name, version, release)
 
 
 def find_problems() -> list[str]:
@@ -122,50 +108,3 @@ def measured(head: Revision) -> dict[str, float]:
     files = (f"metrics/{name}.json" for name in ("quality", "size"))
     found = {key: value for file in files for key, value in head.parse(file, json.loads).items()}
     return {key: value for key, value in found.items() if isinstance(value, (int, float))}
-
-
-def register_in_azure(client: MLClient, name: str, version: int | None, release: Release) -> None:
-    """Send the files and create the version, unless it is there."""
-    number = choose_version(client, name, version, release.content)
-    if number is None:
-        return
-    from azure.ai.ml.entities import Model
-
-    store = Datastore(client)
-    prefix = f"models/{name}/{release.content}"
-    print(f"Sending {release.size} to {store.uri(prefix)}")
-    store.upload(release.files, prefix)
-    model = Model(
-        name=name,
-        version=str(number),
-        path=store.uri(prefix),
-        type="custom_model",
-        tags=release.tags,
-        description="ONNX Runtime GenAI model (onnx/) with its LoRA adapter (onnx_adapter/)",
-    )
-    with azure.in_words():
-        client.models.create_or_update(model)
-    print(f"Registered {name} version {number}: az ml model download -n {name} -v {number}")
-
-
-def choose_version(client: MLClient, name: str, wanted: int | None, content: str) -> int | None:
-    """Return the version to create; None when the content is registered. Refuses to overwrite."""
-    from azure.ai.ml.constants import ListViewType
-
-    with azure.in_words():  # archived versions keep their numbers
-        models = client.models.list(name, list_view_type=ListViewType.ALL)
-        listed = {model.version: dict(model.tags or {}) for model in models}
-    contents = {version: tags.get("content_sha256") for version, tags in listed.items()}
-    if wanted is None:
-        same = [version for version, known in contents.items() if known == content]
-    else:
-        same = [str(wanted)] if contents.get(str(wanted)) == content else []
-    if same:
-        print(f"{name} version {same[0]} holds this very content: nothing to do")
-        return None
-    following = max((int(version) for version in listed if version.isdigit()), default=0) + 1
-    if wanted is not None and str(wanted) in listed:
-        raise UserError(
-            f"{name} version {wanted} exists and holds another model: bump the version, --version {following}"
-        )
-    return wanted or following

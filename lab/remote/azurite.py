@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from lab.remote.reach import is_emulator
 from stages.core.errors import UserError
 from stages.core.running import one_line_errors
 
@@ -112,7 +113,7 @@ def connection_string(port: int, key: str = KEY) -> str:
 
 def start(port: int) -> None:
     """Make the developer's own Azurite run, with the container, and the local DVC config name it."""
-    from lab.remote.blob import load
+    from lab.remote.config import load
 
     program = install(HOME)
     if running() is None:
@@ -151,10 +152,10 @@ def end(process: psutil.Process) -> None:
 
 def lend_settings(words: str) -> None:
     """Make the local DVC config name the emulator; keep what the developer had there."""
-    from lab.remote.blob import NAME, configure, configured
+    from lab.remote.config import NAME, configure, configured
 
     own = configured("connection_string", local=True)
-    if not on_loopback(own or ""):
+    if not is_emulator(own or ""):
         keep(PREVIOUS, own)
         keep(PREVIOUS_DEFAULT, configured("remote", local=True, section="core"))
     configure({"connection_string": words}, local=True)
@@ -163,9 +164,9 @@ def lend_settings(words: str) -> None:
 
 def give_settings_back() -> None:
     """Put back what the developer had; leave a connection string alone that is not the emulator's."""
-    from lab.remote.blob import configure, configured
+    from lab.remote.config import configure, configured
 
-    if on_loopback(configured("connection_string", local=True) or ""):
+    if is_emulator(configured("connection_string", local=True) or ""):
         configure({"connection_string": kept(PREVIOUS)}, local=True)
         configure({"remote": kept(PREVIOUS_DEFAULT)}, local=True, section="core")
     PREVIOUS.unlink(missing_ok=True)
@@ -183,11 +184,6 @@ def keep(file: Path, value: str | None) -> None:
 def kept(file: Path) -> str | None:
     """Return what `keep` wrote."""
     return file.read_text(encoding="utf-8") if file.exists() else None
-
-
-def on_loopback(words: str) -> bool:
-    """Say whether a connection string leads to an emulator on this machine."""
-    return "//127.0.0.1:" in words
 
 
 def running() -> psutil.Process | None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lab.remote import blob as remote
+from lab.remote import config
+from lab.remote.blob import Remote, translate_errors
 from stages.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Store:
     """The remote and this machine's cache."""
 
     client: ContainerClient
-    remote: remote.Remote
+    remote: Remote
     cache: Path
 
     def local(self, blob: Blob) -> Path | None:
@@ -75,9 +76,9 @@ def fsck(
     repair: Annotated[bool, typer.Option("--repair", help="Send again what is wrong.")] = False,
 ) -> None:
     """Check that the remote holds all that dvc.lock names. Exit code 1 when it does not."""
-    found = remote.load()
+    found = config.load()
     found.check()
-    with found.client(**PATIENT) as client, remote.in_words(found):
+    with found.client(**PATIENT) as client, translate_errors(found):
         store = Store(client, found, cache_folder())
         blobs, broken = look(store, deep)
         print(f"{found}: {len(blobs)} objects, {len(broken)} of them missing or damaged")
@@ -197,7 +198,7 @@ def cache_folder() -> Path:
         with Repo() as repo:
             return Path(repo.cache.legacy.path)
     except DvcException as error:
-        raise UserError(remote.complaint(error)) from None
+        raise UserError(config.complaint(error)) from None
 
 
 def md5_of_file(file: Path) -> str:

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lab.remote import blob as remote
+from lab.remote import config
+from lab.remote.blob import NoContainer
 from stages.core.errors import UserError
 
 
@@ -57,16 +58,16 @@ def setup(
     account = account or ask("--account", "Storage account")
     container = container or ask("--container", "Container", default="olive-lab")
     sign_in = sign_in or ask_sign_in()
-    remote.check_names(account, container)
-    secrets = dict.fromkeys(remote.SECRETS)
+    config.check_names(account, container)
+    secrets = dict.fromkeys(config.SECRETS)
     if option := OPTION[sign_in]:
         secret = read_secret(sign_in.value.replace("-", " "))
         secrets[option] = token_of(secret) if sign_in is SignIn.SAS else secret
-    with remote.undone_on_error():
-        remote.configure({"url": f"azure://{container}", "account_name": account}, local=False)
-        remote.configure(secrets, local=True)
-        remote.configure({"remote": remote.NAME}, local=False, section="core")
-        remote.configure({"remote": None}, local=True, section="core")  # it would go before
+    with config.undone_on_error():
+        config.configure({"url": f"azure://{container}", "account_name": account}, local=False)
+        config.configure(secrets, local=True)
+        config.configure({"remote": config.NAME}, local=False, section="core")
+        config.configure({"remote": None}, local=True, section="core")  # it would go before
         prove()
 
 
@@ -104,11 +105,11 @@ def token_of(secret: str) -> str:
 
 def prove() -> None:
     """Reach the remote, create its container if there is none, write, read and delete a blob."""
-    found = remote.load()
+    found = config.load()
     try:
         found.check()
         created = False
-    except remote.NoContainer:
+    except NoContainer:
         created = found.create_container()
     proof = found.check_writing()
     print(f"{found}: container {'created' if created else 'found'} in account {found.account}")

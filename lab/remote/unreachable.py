@@ -13,7 +13,7 @@ import sys
 from typing import Any
 from urllib.parse import urlsplit
 
-from lab.remote.blob import CHECK_NETWORK, need_answer
+from lab.remote.reach import CHECK_NETWORK, need_answer
 from stages.core.errors import UserError
 
 FIRST_ANSWER = 15  # seconds, a sign-in by `az` included; a healthy remote takes one or two

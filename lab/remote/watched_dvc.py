@@ -16,15 +16,14 @@ import signal
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
 
-from lab.remote import blob as remote
+from lab.remote import config
 from stages.core.errors import UserError
+from stages.core.network import answers
 
 # A request that waits may be a large one on a slow line, so the remote is asked apart from it, twice. In
 # all that takes at most QUIET + 2 * (PAUSE + PROBE) + GRACE = 9 seconds.
@@ -81,7 +80,7 @@ class Traffic(threading.Thread):
             if not self.waiting or time.monotonic() - seen < QUIET:
                 unanswered = 0
                 continue
-            if answers(self.host):
+            if answers(self.host, PROBE):
                 self.alive = time.monotonic()
             unanswered = unanswered + 1 if self.alive == seen else 0
             if unanswered > 1 and time.monotonic() - seen > PATIENCE and self.waiting:
@@ -91,21 +90,6 @@ class Traffic(threading.Thread):
     def __str__(self) -> str:
         amounts = f"sent {self.sent / 1e6:.2f} MB, received {self.received / 1e6:.2f} MB"
         return f"{amounts} in {self.requests} requests"
-
-
-def answers(host: str) -> bool:
-    """Say whether a server answers at all, be it with a refusal."""
-
-    def ask() -> bool:
-        try:
-            urllib.request.urlopen(host, timeout=PROBE).close()
-        except urllib.error.HTTPError:
-            return True
-        except OSError:
-            return False
-        return True
-
-    return bool(remote.within(PROBE, ask))
 
 
 def give_up(why: str) -> None:
@@ -130,7 +114,7 @@ def main(words: list[str]) -> int:
     """Run DVC in this process; return its exit code, or raise `UserError` with the cause of a failure."""
     from dvc.cli import main as dvc_main
 
-    remote.make_default()
+    config.make_default()
     logging.disable(logging.NOTSET)
     errors, traffic = Errors().listen(), Traffic().watch()
     code = dvc_main(words)
@@ -189,7 +173,7 @@ class Errors(logging.Handler):
 def refusal() -> str | None:
     """Say what is wrong with the remote, None when it is well."""
     try:
-        remote.load().check()
+        config.load().check()
     except UserError as error:
         return str(error)
     return None

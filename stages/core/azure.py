@@ -1,6 +1,6 @@
 """Sign-in to Azure ML, and its errors in one line each: for the catalogue's models and the lab commands.
 
-with in_words():
+with translate_errors():
     client = MLClient(credential(), registry_name="azureml", **OPTIONS)
 """
 
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import ssl
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 from stages.core.errors import UserError
+from stages.core.network import answers
 
 ARM = "https://management.azure.com"
 LOGIN = "https://login.microsoftonline.com"
@@ -42,7 +39,7 @@ def need_azure() -> None:
     from azure.core.exceptions import ClientAuthenticationError
 
     need_answer(ARM)
-    with in_words():
+    with translate_errors():
         try:
             credential().get_token(f"{ARM}/.default")
         except ClientAuthenticationError:
@@ -52,34 +49,13 @@ def need_azure() -> None:
 
 def need_answer(url: str) -> None:
     """Raise `UserError` within seconds when a server does not answer."""
-    if not answers(url):
+    if not answers(url, PATIENCE):
         host = url.removeprefix("https://")
         raise UserError(f"{host} does not answer: check the network (and HTTPS_PROXY)")
 
 
-def answers(url: str) -> bool:
-    """Say whether a server answers at all; a name that DNS is slow to refuse counts as no."""
-    heard: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=PATIENCE).close()
-        except urllib.error.HTTPError:
-            pass  # a refusal is an answer
-        except OSError as error:
-            # so is a certificate that nobody here trusts; the sign-in then says what is wrong with it
-            if not isinstance(getattr(error, "reason", None), ssl.SSLError):
-                return
-        heard.append(True)
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(PATIENCE)
-    return bool(heard)
-
-
 @contextlib.contextmanager
-def in_words() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Turn the errors of Azure's libraries into one line that says what to do."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError

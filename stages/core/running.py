@@ -1,10 +1,10 @@
 """How a stage runs: alone, quietly, all or nothing.
 
     if __name__ == "__main__":
-        run(quantize)                # quantize(settings) -> what it made, in words
+        run(quantize, COST)          # quantize(settings) -> what it made, in words
 
 `run` checks params.yaml, turns every error that a user can cause into one line and a non-zero exit, and
-writes what the run cost (seconds, peak memory, on which machine) to metrics/speed/<stage>.json.
+writes what the run cost (seconds, peak memory, on which machine) to a file of its own.
 Those figures never repeat, so they are an output of their own, which only `report` reads.
 """
 
@@ -35,7 +35,6 @@ from stages.core.machine import machine, used_gpu
 if TYPE_CHECKING:
     from stages.core.settings import Settings
 
-RUNTIME = Path("metrics/speed")
 RAN_OUT = {
     "No space left on device|os error 28|PytorchStreamWriter failed|[Dd]isk quota exceeded": (
         "the disk is full: free some space, then run `dvc repro` again"
@@ -46,7 +45,7 @@ RAN_OUT = {
 }
 
 
-def run(stage: Callable[[Settings], str]) -> None:
+def run(stage: Callable[[Settings], str], cost_file: Path | None = None) -> None:
     """Run one stage as a process of its own; the process's exit code says whether it succeeded."""
     # imported here: lab's commands use this module too, and most need no settings
     from stages.core.settings import load_current
@@ -60,8 +59,8 @@ def run(stage: Callable[[Settings], str]) -> None:
         made = stage(settings)
         seconds = time.monotonic() - process.STARTED  # the imports are part of it
         cost = {"seconds": round(seconds, 1), **peak_memory(), "machine": machine()}
-        if name != "report":  # whose outputs git tracks
-            write_json(RUNTIME / f"{name}.json", cost)
+        if cost_file is not None:
+            write_json(cost_file, cost)
         took = f"in {cost['seconds']} s, peak memory {cost['peak_memory_gib']} GiB"
         chosen = f", on {process.chosen_gpu}" if process.chosen_gpu and used_gpu() else ""
         print(f"{name}: {made} {took}{chosen}")

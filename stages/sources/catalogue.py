@@ -41,7 +41,7 @@ def download(source: CatalogueSource, downloads: Path) -> None:
     from azure.core.exceptions import ResourceNotFoundError
 
     _, registry, _, model, _, version = source.uri.removeprefix("azureml://").split("/")
-    with azure.in_words(), contextlib.redirect_stderr(io.StringIO()):
+    with azure.translate_errors(), contextlib.redirect_stderr(io.StringIO()):
         client = MLClient(azure.credential(), registry_name=registry, **azure.OPTIONS)
         try:
             client.models.download(model, version, download_path=downloads)

@@ -26,7 +26,8 @@ from conftest import output_of
 from lab.remote import azurite as emulator
 from lab.remote import unreachable
 from lab.remote import watched_dvc as lab_dvc
-from lab.remote.blob import TIMEOUT, NoContainer, Remote, need_answer
+from lab.remote.blob import NoContainer, Remote
+from lab.remote.reach import TIMEOUT, need_answer
 from stages.core.errors import UserError
 
 pytestmark = pytest.mark.azure
