@@ -23,8 +23,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import ROOT, keep
-from stages.core.files import read_jsonl
 from stages.core.settings import load
+from stages.text.conversation import read_conversations
 
 BASE = Path("models/base")
 
@@ -65,7 +65,7 @@ def write_tokens(folder: Path, sequences: int | None) -> None:
     from stages.quantize import HELDOUT, PREPARED
 
     options = load().quantize
-    rows = read_jsonl(PREPARED / "calibration.jsonl")
+    rows = read_conversations(PREPARED / "calibration.jsonl")
     calibration = calibration_set(BASE, rows, options)[:sequences].clone()
     tokens = {"calibration": calibration, "validation": heldout_prose(BASE, HELDOUT, options)}
     save_file(tokens, folder / "tokens.safetensors")

@@ -24,6 +24,7 @@ from benchmarks.machine import ROOT, keep
 from benchmarks.workplace import run_stage, write_params
 from stages.core.files import read_json
 from stages.text.chats import answer_ids, load_tokenizer, prompt_ids
+from stages.text.conversation import Conversation
 
 TOKENS_A_ROW, ROWS_A_STEP, STEPS = 1024, 4, 100
 CHAIN = ["fetch", "prepare", "quantize", "finetune", "optimize", "adapt", "evaluate", "report"]
@@ -112,7 +113,7 @@ def write_long_rows(folder: Path, count: int = 460) -> None:
 def tokens_of(tokenizer, row: dict[str, str]) -> int:
     """Return the tokens of a row as training sees it."""
     turns = [("user", row["prompt"]), ("assistant", row["response"])]
-    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    chat = Conversation([{"role": role, "content": text} for role, text in turns])
     return len(prompt_ids(tokenizer, chat)) + len(answer_ids(tokenizer, chat))
 
 

@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks.machine import ROOT, keep
 from stages.core.files import read_json
 from stages.core.settings import load
-from stages.text.chats import answer_ids, load_tokenizer, prompt_ids, read_rows
+from stages.text.chats import answer_ids, load_tokenizer, prompt_ids
+from stages.text.conversation import read_conversations
 from stages.weights.checkpoint import load_dequantized
 
 QUANTIZED, TRAIN, VALIDATION = (
@@ -53,7 +54,7 @@ def olive(folder: Path, steps: int) -> dict[str, Any]:
     tokenizer, options = load_tokenizer(QUANTIZED), load().finetune
     load_dequantized(QUANTIZED).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    rows = read_rows(TRAIN)
+    rows = read_conversations(TRAIN)
     texts = [tokenizer.decode(prompt_ids(tokenizer, r) + answer_ids(tokenizer, r)) for r in rows]
     lines = (json.dumps({"text": text}) for text in texts)
     (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -118,7 +119,7 @@ def seconds_to(loss: float, ours: dict[str, Any]) -> float | None:
 @torch.no_grad()
 def validation_loss(adapter: Path) -> float:
     """Return the cross entropy of the answers' tokens in a sample of validation rows."""
-    tokenizer, rows = load_tokenizer(QUANTIZED), read_rows(VALIDATION)
+    tokenizer, rows = load_tokenizer(QUANTIZED), read_conversations(VALIDATION)
     model = PeftModel.from_pretrained(load_dequantized(QUANTIZED), adapter).eval()
     total, count = 0.0, 0
     for row in rows[:: max(1, len(rows) // load().finetune.validation_rows)]:

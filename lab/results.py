@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import UserError
-from stages.core.files import read_json, read_jsonl
+from stages.core.files import read_json
 from stages.report import figure, interval
 from stages.scoring.bootstrap import intervals
-from stages.scoring.metrics import MODELS
+from stages.scoring.predictions import MODELS, read_predictions
 
 METRICS = Path("metrics")
 LINE = "{:<21} {:>7} {:<19} {:>7} {:<19}"
@@ -53,4 +53,4 @@ def read(name: str) -> Any:
         raise UserError(
             f"no {file} here: run `dvc repro` in the repository's root, which writes it"
         )
-    return read_jsonl(file) if file.suffix == ".jsonl" else read_json(file)
+    return read_predictions(file) if file.suffix == ".jsonl" else read_json(file)

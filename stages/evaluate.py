@@ -8,31 +8,26 @@ goes to an output of its own, metrics/speed/decode.json.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from stages.answers import parity
 from stages.answers.decode_speed import measure_in_own_process
 from stages.answers.generation import OnnxModel
-from stages.core.files import read_jsonl, size_of, write_json, written_beside
+from stages.core.files import size_of, write_json, written_beside
 from stages.core.running import run
 from stages.core.settings import Evaluate, Settings
 from stages.scoring import scores
-from stages.scoring.metrics import MODELS, summarize
-from stages.text.chats import (
-    Row,
-    answer_ids,
-    load_tokenizer,
-    prompt_ids,
-    question_of,
-    reference_of,
-)
+from stages.scoring.metrics import summarize
+from stages.scoring.predictions import MODELS, Parity, Prediction, Scores, as_jsonl
+from stages.text.chats import answer_ids, load_tokenizer, prompt_ids
+from stages.text.conversation import Conversation, read_conversations
 
 ONNX = Path("models/onnx")
 ADAPTER_FILE = Path("models/onnx_adapter/adapter.onnx_adapter")
@@ -49,93 +44,115 @@ ADAPTER = "adapter"
 def evaluate(settings: Settings) -> str:
     """Time it, let it answer, compare with PyTorch, score, save."""
     options = settings.evaluate
-    tokenizer = load_tokenizer(ONNX)
-    rows = sample(read_jsonl(TEST), options)
-    predictions = [tokenize(tokenizer, row) for row in rows]
-    write_json(SPEED, speed(predictions, options))
-    base = OnnxModel(ONNX)
-    answer(base, "base", None, predictions, options)
-    long_prompt = long_prompt_of(tokenizer, options, base.context_length)
-    tuned = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE})
-    answer(tuned, "adapter", ADAPTER, predictions, options)
-    metrics = {"long_prompt_perplexity": perplexity(tuned, long_prompt)}
-    metrics |= parity.compare(
-        QUANTIZED, PEFT_ADAPTER, predictions, long_prompt, options.batch_size, tuned.rope_switch
-    )
-    score(tokenizer, predictions)
+    tokenizer, rows = load_tokenizer(ONNX), read_conversations(TEST)
+    prompts = [tokenize(tokenizer, row) for row in sample(rows, options)]
+    write_json(SPEED, speed(prompts, options))
+
+    model = OnnxModel(ONNX)
+    answers = {"base": answer_all(model, None, prompts, options)}
+    long_prompt = long_prompt_of(tokenizer, rows, options, model.context_length)
+    model = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE})
+    answers["adapter"] = answer_all(model, ADAPTER, prompts, options)
+    metrics = {"long_prompt_perplexity": perplexity(model, long_prompt)}
+
+    texts = [
+        (prompt.tokens, answer.tokens)
+        for prompt, answer in zip(prompts, answers["adapter"], strict=True)
+    ]
+    torch_model = parity.load(QUANTIZED, PEFT_ADAPTER)
+    verdicts = parity.compare(torch_model, texts, options.batch_size, model.rope_switch)
+    metrics |= parity.summarize(verdicts)
+    metrics["long_prompt_perplexity_torch"] = parity.perplexity(torch_model, long_prompt)
+
+    predictions = score(tokenizer, prompts, answers, verdicts)
     metrics = summarize(predictions) | metrics | sizes()
     write_json(RAW, metrics)
-    write_predictions(predictions)
-    return f"{RAW} on {len(rows)} prompts ({first_figure(metrics)})"
+    with written_beside(PREDICTIONS) as beside:
+        beside.write_text(as_jsonl(predictions), encoding="utf-8", newline="\n")
+    return f"{RAW} on {len(prompts)} prompts ({first_figure(metrics)})"
 
 
-def sample(rows: list[Row], options: Evaluate) -> list[Row]:
+@dataclass(frozen=True)
+class Prompt:
+    """A test conversation as tokens."""
+
+    row: Conversation
+    tokens: list[int]  # up to where the answer begins
+    reference: list[int]  # the reference answer's, with the token that ends it
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model answered to one prompt."""
+
+    tokens: list[int]
+    ended: bool  # its last token ends it
+    likelihoods: list[float]  # -log p of every token of the reference answer, in nats
+
+
+def sample(rows: list[Conversation], options: Evaluate) -> list[Conversation]:
     """Draw up to evaluate.prompts rows of every kind, in an order that the seed alone decides."""
-    drawn: list[Row] = []
-    for kind in sorted({row["kind"] for row in rows}):
-        members = [row for row in rows if row["kind"] == kind]
+    drawn: list[Conversation] = []
+    for kind in sorted({str(row.kind) for row in rows}):
+        members = [row for row in rows if row.kind == kind]
         count = min(options.prompts, len(members))
         drawn += random.Random(f"{options.seed}:{kind}").sample(members, count)
     return drawn
 
 
-def speed(predictions: list[Row], options: Evaluate) -> dict[str, float]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Prompt:
+    """Return a conversation's prompt and reference answer as tokens."""
+    return Prompt(row, prompt_ids(tokenizer, row), answer_ids(tokenizer, row))
+
+
+def speed(prompts: list[Prompt], options: Evaluate) -> dict[str, float]:
     """Return speed and memory at a fixed prompt and answer length; those without adapter end in _base."""
     job = options.speed.model_dump()
     length = job.pop("prompt_tokens")
-    text = [token for prediction in predictions for token in prediction["prompt"]]
-    prompt = (text * math.ceil(length / len(text)))[:length]
+    text = [token for prompt in prompts for token in prompt.tokens]
+    repeated = (text * math.ceil(length / len(text)))[:length]
     return {
         name + suffix: value
         for suffix, adapter in {"": ADAPTER_FILE, "_base": None}.items()
-        for name, value in measure_in_own_process(ONNX, adapter, prompt, job).items()
+        for name, value in measure_in_own_process(ONNX, adapter, repeated, job).items()
     }
 
 
-def tokenize(tokenizer, row: Row) -> Row:
-    """Return what is known of a prompt before anything answers it."""
-    return {
-        "kind": row["kind"],
-        "question": question_of(row),
-        "reference": reference_of(row),
-        "fact": row["answer"],
-        "prompt": prompt_ids(tokenizer, row),
-        "reference_ids": answer_ids(tokenizer, row),
-    }
+def answer_all(
+    model: OnnxModel, adapter: str | None, prompts: list[Prompt], options: Evaluate
+) -> list[Answer]:
+    """Answer every prompt greedily, and find what the model thinks of every reference answer."""
+    found: dict[int, Answer] = {}
+    batches = list(of_one_length(prompts, options.batch_size))
+    for batch in tqdm(batches, desc=f"answers ({adapter or 'base'})", unit="batch"):
+        tokens = [prompts[number].tokens for number in batch]
+        references = [prompts[number].reference for number in batch]
+        said = model.generate_many(tokens, options.max_new_tokens, adapter)
+        likelihoods = model.negative_log_likelihoods(tokens, references, adapter)
+        for number, answer, likelihood in zip(batch, said, likelihoods, strict=True):
+            found[number] = Answer(answer, answer[-1] in model.ends, likelihood.tolist())
+    return [found[number] for number in range(len(prompts))]
 
 
-def answer(
-    model: OnnxModel, name: str, adapter: str | None, predictions: list[Row], options: Evaluate
-) -> None:
-    """Answer every prompt with one model; keep its tokens, and what the reference costs it."""
-    batches = list(of_one_length(predictions, options.batch_size))
-    for batch in tqdm(batches, desc=f"answers ({name})", unit="batch"):
-        prompts = [prediction["prompt"] for prediction in batch]
-        answers = model.generate_many(prompts, options.max_new_tokens, adapter)
-        references = [prediction["reference_ids"] for prediction in batch]
-        likelihoods = model.negative_log_likelihoods(prompts, references, adapter)
-        for prediction, tokens, likelihood in zip(batch, answers, likelihoods, strict=True):
-            prediction[name] = {
-                "tokens": tokens,
-                "ended": tokens[-1] in model.ends,
-                "likelihoods": likelihood.tolist(),
-            }
-
-
-def of_one_length(predictions: list[Row], size: int) -> Iterator[list[Row]]:
-    """Yield batches of at most `size` prompts with one number of tokens: so nothing needs padding."""
-    groups: dict[int, list[Row]] = {}
-    for prediction in predictions:
-        groups.setdefault(len(prediction["prompt"]), []).append(prediction)
+def of_one_length(prompts: list[Prompt], size: int) -> Iterator[list[int]]:
+    """Yield the places of at most `size` prompts with one number of tokens: so nothing needs padding."""
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt.tokens), []).append(number)
     for _, members in sorted(groups.items()):
         for first in range(0, len(members), size):
             yield members[first : first + size]
 
 
-def long_prompt_of(tokenizer, options: Evaluate, context_length: int) -> list[int]:
+def long_prompt_of(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Conversation],
+    options: Evaluate,
+    context_length: int,
+) -> list[int]:
     """Return many chats in a row, within the context, to see that positions far out still work."""
     text: list[int] = []
-    for row in read_jsonl(TEST):
+    for row in rows:
         text += prompt_ids(tokenizer, row) + answer_ids(tokenizer, row)
     wanted = min(len(text), options.long_prompt_tokens)
     if wanted >= context_length:  # the runtime wants room for one token more
@@ -151,15 +168,42 @@ def perplexity(model: OnnxModel, tokens: list[int]) -> float:
     return round(math.exp(likelihood.mean()), 3)
 
 
-def score(tokenizer, predictions: list[Row]) -> None:
-    """Add every prompt's own scores, with and without the adapter; the metrics are made of them."""
-    exact = has_exact_answers(predictions)
-    for p in predictions:
-        for name in MODELS:
-            # of several end tokens, some are no special ones: their text would count as the answer's
-            said = p[name]["tokens"][: -1 if p[name]["ended"] else None]
-            p[name]["text"] = without_thought(tokenizer.decode(said, skip_special_tokens=True))
-        p["scores"] = {name: scores_of(p[name], p, exact(p)) for name in MODELS}
+def score(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    answers: dict[str, list[Answer]],
+    verdicts: list[Parity],
+) -> list[Prediction]:
+    """Return every prompt with both answers as text, and their scores."""
+    none_is_exact = all(prompt.row.answer is None for prompt in prompts)
+    predictions = []
+    for number, (prompt, verdict) in enumerate(zip(prompts, verdicts, strict=True)):
+        row, mine = prompt.row, {name: answers[name][number] for name in MODELS}
+        texts = {name: text_of(tokenizer, answer) for name, answer in mine.items()}
+        # where no row has an exact answer, the whole reference is one
+        exact = none_is_exact or row.answer is not None
+        found = {name: scores_of(texts[name], mine[name], row, exact) for name in MODELS}
+        predictions.append(
+            Prediction(
+                kind=str(row.kind),
+                question=row.question,
+                reference=row.reference,
+                exact_answer=row.answer,
+                **texts,
+                parity=verdict,
+                scores=found,
+            )
+        )
+    return predictions
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> str:
+    """Return an answer as text, without the token that ended it.
+
+    Of several end tokens, some are no special ones: their text would count as the answer's.
+    """
+    said = answer.tokens[: -1 if answer.ended else None]
+    return without_thought(tokenizer.decode(said, skip_special_tokens=True))
 
 
 def without_thought(text: str) -> str:
@@ -168,25 +212,17 @@ def without_thought(text: str) -> str:
     return (answer if end else thought).strip()
 
 
-def has_exact_answers(predictions: list[Row]):
-    """Return which rows have an exact answer: those with a fact, or all where no row has one."""
-    none_has_a_fact = all(p["fact"] is None for p in predictions)
-    return lambda prediction: none_has_a_fact or prediction["fact"] is not None
-
-
-def scores_of(answer: Row, prediction: Row, exact: bool) -> dict[str, Any]:
-    """Return the scores of one answer; exact_match is None where the row has no exact answer."""
-    text, fact, reference = answer["text"], prediction["fact"], prediction["reference"]
-    likelihoods = answer["likelihoods"]
-    return {
-        "exact_match": int(scores.exact_match(text, fact, reference)) if exact else None,
-        "rouge_l": round(scores.rouge_l(text, reference), 4),
-        "chrf": round(scores.chrf(text, reference), 2),
-        "negative_log_likelihood": round(float(sum(likelihoods)), 4),
-        "tokens": len(likelihoods),
-        "ended": int(answer["ended"]),
-        "repetition_rate": round(scores.repetition_rate(answer["tokens"]), 4),
-    }
+def scores_of(text: str, answer: Answer, row: Conversation, exact: bool) -> Scores:
+    """Return the scores of one answer; exact_match is None where the prompt has no exact answer."""
+    return Scores(
+        exact_match=int(scores.exact_match(text, row.answer, row.reference)) if exact else None,
+        rouge_l=round(scores.rouge_l(text, row.reference), 4),
+        chrf=round(scores.chrf(text, row.reference), 2),
+        negative_log_likelihood=round(float(sum(answer.likelihoods)), 4),
+        tokens=len(answer.likelihoods),
+        ended=int(answer.ended),
+        repetition_rate=round(scores.repetition_rate(answer.tokens), 4),
+    )
 
 
 def sizes() -> dict[str, int]:
@@ -198,16 +234,6 @@ def first_figure(metrics: dict[str, float]) -> str:
     """Return the figure that people look at first, beside the base's."""
     name = next(n for n in ("recall_exact_match", "test_exact_match", "chrf") if n in metrics)
     return f"{name} {metrics[name]}, base {metrics[f'{name}_base']}"
-
-
-def write_predictions(predictions: list[Row]) -> None:
-    """Write what the report shows of every prediction: texts, verdicts and scores, no tokens."""
-    with written_beside(PREDICTIONS) as beside, beside.open("w", encoding="utf-8") as stream:
-        for p in predictions:
-            shown = {key: p[key] for key in ("kind", "question", "reference", "fact")}
-            shown |= {name: p[name]["text"] for name in MODELS}
-            shown |= {key: p[key] for key in ("parity", "scores")}
-            stream.write(json.dumps(shown, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,22 @@ kind, answer, group, fact and source (file:line), and tools where it has some. N
 
 from __future__ import annotations
 
-import json
 import random
 import unicodedata
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from stages.core.errors import UserError
 from stages.core.files import written_beside
 from stages.core.running import run
 from stages.core.settings import Data, Settings
-from stages.text.conversations import Row, read_conversations
+from stages.text.conversation import Conversation, write_conversations
+from stages.text.layouts import import_conversations
 
 PREPARED = Path("data/prepared")
 COST = Path("metrics/speed/prepare.json")
-Splits = dict[str, list[Row]]
+Splits = dict[str, list[Conversation]]
 LOOKS_LIKE = str.maketrans(
     dict.fromkeys("‘’‚‛′´", "'")  # noqa: RUF001
     | dict.fromkeys("“”„‟″«»", '"')
@@ -35,7 +36,7 @@ LOOKS_LIKE = str.maketrans(
 def prepare(settings: Settings) -> str:
     """Read the rows, split them, prove that the splits are disjoint, write them."""
     data = settings.data
-    rows = read_conversations(Path(data.path), data)
+    rows = import_conversations(Path(data.path), data)
     if len(rows) < 3:
         raise UserError(f"{data.path} has {len(rows)} rows: at least 3, one for each split")
     splits = without_leaks(split(rows, data))
@@ -48,28 +49,28 @@ def prepare(settings: Settings) -> str:
     return f"{PREPARED} from {len(rows)} rows ({counts}{left_out})"
 
 
-def split(rows: list[Row], data: Data) -> Splits:
+def split(rows: list[Conversation], data: Data) -> Splits:
     """Hold out whole groups first, then wordings of every remaining (group, fact)."""
     transfer, validation = held_out_groups(rows, data)
     splits: Splits = {"train": [], "validation": [], "test": []}
-    units: dict[tuple, list[Row]] = defaultdict(list)
+    units: dict[tuple, list[Conversation]] = defaultdict(list)
     for row in rows:
-        group, fact = comparable(row["group"]), comparable(row["fact"])
+        group, fact = comparable(row.group), comparable(row.fact)
         if group in transfer:
-            splits["test"].append(row | {"kind": "transfer"})
+            splits["test"].append(replace(row, kind="transfer"))
         elif group in validation:
-            splits["validation"].append(row | {"kind": "transfer"})
+            splits["validation"].append(replace(row, kind="transfer"))
         else:
-            units[group, fact].append(row | {"kind": "recall"})
+            units[group, fact].append(replace(row, kind="recall"))
     for members in units.values():
         first = members[0]
-        deal(members, f"{data.seed}:{first['group']}:{first['fact']}", data, splits)
+        deal(members, f"{data.seed}:{first.group}:{first.fact}", data, splits)
     return splits
 
 
-def held_out_groups(rows: list[Row], data: Data) -> tuple[set[str], set[str]]:
+def held_out_groups(rows: list[Conversation], data: Data) -> tuple[set[str], set[str]]:
     """Draw the groups kept for transfer (test) and for validation, as `comparable` writes them."""
-    names = sorted({row["group"] for row in rows if row["group"] is not None})
+    names = sorted({row.group for row in rows if row.group is not None})
     groups = list(dict.fromkeys(map(comparable, names)))
     wanted = data.transfer_groups + data.validation_groups
     if not groups:
@@ -83,9 +84,9 @@ def held_out_groups(rows: list[Row], data: Data) -> tuple[set[str], set[str]]:
     return set(drawn[: data.transfer_groups]), set(drawn[data.transfer_groups : wanted])
 
 
-def deal(members: list[Row], seed: str, data: Data, splits: Splits) -> None:
+def deal(members: list[Conversation], seed: str, data: Data, splits: Splits) -> None:
     """Deal the wordings of one fact (or of a file without facts) to the splits, repeats together."""
-    wordings: dict[str, list[Row]] = defaultdict(list)
+    wordings: dict[str, list[Conversation]] = defaultdict(list)
     for row in members:
         wordings[prompt_of(row)].append(row)
     held_out = len(wordings) > 2
@@ -119,12 +120,12 @@ def prove_disjoint(splits: Splits) -> None:
         home |= {prompt_of(row): name for row in splits[name]}
 
 
-def prompts_of(row: Row) -> list[str]:
+def prompts_of(row: Conversation) -> list[str]:
     """Return what stands before each of a row's answers: all of them are learned, if it is trained on.
 
     What `comparable` leaves out does not make another prompt, nor does the system turn.
     """
-    texts = [comparable(turn["content"]) for turn in row["messages"] if turn["role"] != "system"]
+    texts = [comparable(turn["content"]) for turn in row.messages if turn["role"] != "system"]
     return ["\n".join(texts[:answer]) for answer in range(1, len(texts), 2)]
 
 
@@ -142,7 +143,7 @@ def comparable(text: str | None) -> str | None:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-def prompt_of(row: Row) -> str:
+def prompt_of(row: Conversation) -> str:
     """Return what stands before the reference answer, without what makes no other prompt."""
     return prompts_of(row)[-1]
 
@@ -157,13 +158,7 @@ def write_splits(splits: Splits) -> None:
     with written_beside(PREPARED) as folder:
         folder.mkdir()
         for name, members in splits.items():
-            write_rows(folder / f"{name}.jsonl", members)
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write rows as JSONL."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+            write_conversations(folder / f"{name}.jsonl", members)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from stages.core.errors import UserError
-from stages.core.files import in_megabytes, read_jsonl, size_of, write_json, written_beside
+from stages.core.files import in_megabytes, size_of, write_json, written_beside
 from stages.core.running import run
 from stages.core.settings import Quantize, Settings
 from stages.quantization.architecture import bits_by_module, projections
 from stages.quantization.awq import Awq
 from stages.quantization.calibration import calibration_set, heldout_prose, task_text
 from stages.quantization.perplexity import perplexities
+from stages.text.conversation import read_conversations
 from stages.weights.checkpoint import empty_model
 
 BASE = Path("models/base")
@@ -71,7 +72,7 @@ def heldout_texts(options: Quantize) -> dict[str, torch.Tensor]:
     """Return what perplexity is measured on, [sequences, length] each; nothing where none is wanted."""
     if not options.perplexity_sequences:
         return {}
-    task = task_text(BASE, read_jsonl(PREPARED / "validation.jsonl"), options)
+    task = task_text(BASE, read_conversations(PREPARED / "validation.jsonl"), options)
     return {"perplexity": heldout_prose(BASE, HELDOUT, options), "task_perplexity": task}
 
 
@@ -108,7 +109,7 @@ def make_pass(options: Quantize, config: PretrainedConfig, scratch: Path) -> Pas
     described = pass_config(options, config)
     if options.method == "rtn":
         return create_pass_from_dict(Rtn, described, disable_search=True)
-    tokens = calibration_set(BASE, read_jsonl(PREPARED / "calibration.jsonl"), options)
+    tokens = calibration_set(BASE, read_conversations(PREPARED / "calibration.jsonl"), options)
     save_file({"tokens": tokens}, scratch / "tokens.safetensors")
     search = {"calibration": str(scratch / "tokens.safetensors"), "scale_grid": options.scale_grid}
     return create_pass_from_dict(Awq, described | search, disable_search=True)

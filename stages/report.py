@@ -11,48 +11,43 @@ metrics/predictions.jsonl, every prompt's scores, from which `lab review` tells 
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from stages.core.files import read_json, read_jsonl, write_json, written_beside
+from stages.core.files import read_json, write_json, written_beside
 from stages.core.running import run
 from stages.core.settings import Settings
 from stages.scoring.bootstrap import intervals
-from stages.scoring.metrics import MODELS, parity_terms, terms_of
+from stages.scoring.metrics import parity_terms, terms_of
+from stages.scoring.predictions import MODELS, Parity, Prediction, as_jsonl, read_predictions
 
 METRICS = Path("metrics")
 RAW = METRICS / "raw"
 SPEED = METRICS / "speed"
-SHOWN = ("kind", "question", "reference", "base", "adapter")
 STAGES = ("fetch", "prepare", "quantize", "finetune", "optimize", "adapt", "evaluate")
-Row = dict[str, Any]
 Metrics = dict[str, float]
 
 
 def report(_: Settings) -> str:
-    """Read the raw metrics, sort them, write them."""
+    """Read the raw metrics, split them by subject, write them."""
     quantized, finetuned, evaluated = (
         read_json(RAW / f"{stage}.json") for stage in ("quantize", "finetune", "evaluate")
     )
-    rows = read_jsonl(RAW / "predictions.jsonl")
-    quality, size = sort({**quantized, **evaluated})
+    predictions = read_predictions(RAW / "predictions.jsonl")
+    quality, size = quality_and_size({**quantized, **evaluated})
     quality["validation_loss"] = finetuned["validation"][-1]["loss"]
     speed = {name: steady(value) for name, value in read_json(SPEED / "decode.json").items()}
     for name, metrics in {"quality": quality, "size": size, "speed": speed}.items():
         write_json(METRICS / f"{name}.json", metrics)
     write_json(METRICS / "costs.json", costs())
-    write_text(METRICS / "quality.md", quality_table(quality, rows))
+    write_text(METRICS / "quality.md", quality_table(quality, predictions))
     write_plots(finetuned, quality, speed)
-    write_text(METRICS / "predictions.md", predictions_table(rows))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(METRICS / "predictions.jsonl", "".join(lines))
-    return (
-        f"{METRICS}/quality.json, size.json, speed.json, plots, predictions.md ({len(rows)} rows)"
-    )
+    write_text(METRICS / "predictions.md", predictions_table(predictions))
+    write_text(METRICS / "predictions.jsonl", as_jsonl(predictions))
+    return f"{METRICS}/quality.json, size.json, speed.json, plots, predictions.md ({len(predictions)} rows)"
 
 
-def sort(metrics: Metrics) -> tuple[Metrics, Metrics]:
+def quality_and_size(metrics: Metrics) -> tuple[Metrics, Metrics]:
     """Return the figures of quality, and the sizes in MB: a few bytes more or less are no change."""
     sizes = {name: value for name, value in metrics.items() if name.startswith("bytes_")}
     quality = {name: value for name, value in metrics.items() if name not in sizes}
@@ -70,9 +65,9 @@ def costs() -> dict[str, Metrics]:
     return {**found, "training": read_json(SPEED / "training.json")}
 
 
-def quality_table(quality: Metrics, rows: list[Row]) -> str:
+def quality_table(quality: Metrics, predictions: list[Prediction]) -> str:
     """Return a Markdown table: every figure, with the adapter and without, its 95 % interval and its n."""
-    sure, terms = intervals(rows), terms_of(rows) | parity_terms(rows)
+    sure, terms = intervals(predictions), terms_of(predictions) | parity_terms(predictions)
     lines = ["| metric | value | 95 % interval | n | without adapter | 95 % interval |"]
     lines.append("|" + "---|" * 6)
     for name in (name for name in quality if not name.endswith("_base")):
@@ -135,13 +130,13 @@ def tradeoff(speed: Metrics, quality: Metrics) -> list[dict[str, Any]]:
     ]
 
 
-def predictions_table(rows: list[Row]) -> str:
+def predictions_table(predictions: list[Prediction]) -> str:
     """Return the predictions as a Markdown table, and whether PyTorch would answer otherwise."""
-    head = "| kind | question | reference | base | adapter | PyTorch |\n|" + "---|" * 6 + "\n"
-    return head + "".join(
-        f"| {' | '.join(map(cell, [*(row[key] for key in SHOWN), explain(row['parity'])]))} |\n"
-        for row in rows
-    )
+    lines = ["| kind | question | reference | base | adapter | PyTorch |", "|" + "---|" * 6]
+    for each in predictions:
+        texts = (each.kind, each.question, each.reference, each.base, each.adapter)
+        lines.append(f"| {' | '.join(map(cell, [*texts, explain(each.parity)]))} |")
+    return "\n".join(lines) + "\n"
 
 
 def cell(text: str) -> str:
@@ -149,11 +144,11 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def explain(parity: Row) -> str:
+def explain(parity: Parity) -> str:
     """Say how PyTorch's greedy answer differs from the ONNX model's."""
-    if parity["identical"]:
+    if parity.identical:
         return "same"
-    return f"other token {parity['token']} (logit gap {parity['logit_gap']})"
+    return f"other token {parity.token} (logit gap {parity.logit_gap})"
 
 
 def write_csv(path: Path, columns: list[str], rows: list[list[Any]]) -> None:

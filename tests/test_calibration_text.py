@@ -11,6 +11,7 @@ from stages.core.errors import UserError
 from stages.core.settings import validate
 from stages.quantization import calibration
 from stages.sources import random_model
+from stages.text.conversation import Conversation
 
 LENGTH = 64
 
@@ -54,7 +55,7 @@ def test_where_tokenizer_and_embedding_agree_every_id_is_drawn_as_before(base):
 def test_rows_that_do_not_fit_the_chat_template_stop_the_stage_before_any_work(base, params):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [
-        {"messages": turns, "source": f"mine.jsonl:{n}", "tools": [{"name": "f"}] * (n > 1)}
+        Conversation(turns, source=f"mine.jsonl:{n}", tools=[{"name": "f"}] * (n > 1))
         for n in range(1, 4)
     ]
     with pytest.raises(UserError, match=r"2 of 3 rows .*\nmine.jsonl:2: has tools, which"):

@@ -10,7 +10,7 @@ from lab.models.text_stream import TextStream
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.sources import random_model
-from stages.text.chats import load_tokenizer, prompt_ids
+from stages.text.chats import generation_prompt_ids, load_tokenizer
 
 ADAPTER = "models/onnx_adapter/adapter.onnx_adapter"
 
@@ -29,10 +29,8 @@ def greedy_answer(folder: Path, question: str, adapter: str | None) -> str:
     """What the model says: 4 tokens, straight from the generator."""
     onnx = OnnxModel(folder / "models/onnx", {"adapter": folder / ADAPTER} if adapter else None)
     tokenizer = load_tokenizer(folder / "models/onnx")
-    row = {
-        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
-    }
-    tokens = onnx.generate(prompt_ids(tokenizer, row), 4, adapter)
+    prompt = generation_prompt_ids(tokenizer, [{"role": "user", "content": question}])
+    tokens = onnx.generate(prompt, 4, adapter)
     cut = "" if tokens[-1] in onnx.ends else "(cut after 4 tokens: --max-new-tokens)\n"
     return tokenizer.decode(tokens, skip_special_tokens=True) + "\n" + cut
 

@@ -15,11 +15,10 @@ from stages.text.chats import (
     answer_ids,
     check_rows,
     prompt_ids,
-    question_of,
-    reference_of,
     sequences,
     training_tokens,
 )
+from stages.text.conversation import Conversation
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -58,15 +57,15 @@ def chat_tokenizer(tokenizer, request):
     return tokenizer
 
 
-def row(*texts: str, system: str | None = None) -> dict:
+def row(*texts: str, system: str | None = None, **known) -> Conversation:
     """A conversation of user and assistant in turns."""
     roles = ["user", "assistant"] * (len(texts) // 2)
     turns = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
     opening = [] if system is None else [{"role": "system", "content": system}]
-    return {"messages": opening + turns, "source": "mine.jsonl:7"}
+    return Conversation(opening + turns, **{"source": "mine.jsonl:7", **known})
 
 
-def learned(tokenizer, conversation: dict) -> str:
+def learned(tokenizer, conversation: Conversation) -> str:
     _, labels = training_tokens(tokenizer, conversation)
     return tokenizer.decode([label for label in labels if label != NOT_LEARNED])
 
@@ -74,10 +73,10 @@ def learned(tokenizer, conversation: dict) -> str:
 def test_a_prompt_is_what_the_template_makes_of_the_turns_before_the_answer(chat_tokenizer):
     asked = row("the tram?", "stops.", "the market?", "old.", system="the river")
     rendered = chat_tokenizer.apply_chat_template(
-        asked["messages"][:-1], add_generation_prompt=True, return_dict=False
+        asked.messages[:-1], add_generation_prompt=True, return_dict=False
     )
     assert prompt_ids(chat_tokenizer, asked) == rendered
-    assert (question_of(asked), reference_of(asked)) == ("the market?", "old.")
+    assert (asked.question, asked.reference) == ("the market?", "old.")
 
 
 def test_training_sees_the_prompt_and_the_answer_of_inference(chat_tokenizer):
@@ -247,9 +246,9 @@ CHATS = {
 def test_tokens_are_those_of_the_template(any_tokenizer, template, chat):
     any_tokenizer.chat_template = template
     prompt = prompt_ids(any_tokenizer, chat)
-    assert prompt == templated(any_tokenizer, chat["messages"][:-1], add_generation_prompt=True)
+    assert prompt == templated(any_tokenizer, chat.messages[:-1], add_generation_prompt=True)
     tokens, labels = training_tokens(any_tokenizer, chat)
-    whole = templated(any_tokenizer, chat["messages"])
+    whole = templated(any_tokenizer, chat.messages)
     end = 0 if "<|im_end|>" in template else -1  # an end that the template does not write
     assert tokens[: len(tokens) + end] == whole[: len(tokens) + end]
     assert all(label in (token, NOT_LEARNED) for token, label in zip(tokens, labels, strict=True))
@@ -277,7 +276,7 @@ def test_rows_whose_answers_the_template_cuts_are_counted():
     tokenizer.chat_template = CUTS_THOUGHTS
     cut = row("the tram?", THOUGHT + "stops", "1", "old")
     assert learned(tokenizer, cut) == "stops<|im_end|>old<|im_end|>"
-    rows = [row("a", "b") | {"source": "mine.jsonl:1"}, cut]
+    rows = [row("a", "b", source="mine.jsonl:1"), cut]
     assert check_rows(tokenizer, rows) == ["mine.jsonl:7"]
 
 
@@ -293,7 +292,7 @@ def test_an_answer_follows_a_generation_prompt_that_the_whole_chat_does_not_show
     tokenizer = made("bytelevel")
     tokenizer.chat_template = OPENS_EMPTY_THOUGHT
     chat = row("the tram?", "stops", "1", "old")
-    prompt = templated(tokenizer, chat["messages"][:-1], add_generation_prompt=True)
+    prompt = templated(tokenizer, chat.messages[:-1], add_generation_prompt=True)
     assert training_tokens(tokenizer, chat)[0][: len(prompt)] == prompt
     assert learned(tokenizer, chat) == "stops<|im_end|>old<|im_end|>"
 
@@ -311,7 +310,7 @@ def test_a_prompt_whose_end_joins_the_answer_stays_as_at_inference():
     tokenizer = made("bytelevel")
     tokenizer.chat_template = WITHOUT_MARKERS.replace("'assistant:'", "'assistant: '")
     chat = row("a", "the tram")
-    prompt = templated(tokenizer, chat["messages"][:-1], add_generation_prompt=True)
+    prompt = templated(tokenizer, chat.messages[:-1], add_generation_prompt=True)
     assert training_tokens(tokenizer, chat)[0][: len(prompt)] == prompt
     assert learned(tokenizer, chat) == "the tram<|endoftext|>"
 
@@ -331,7 +330,7 @@ def test_what_is_typed_changes_no_other_token(template, kind, special):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [label for label in labels if label in control] == [end, end]
     assert prompt_ids(tokenizer, typed) == tokens[: len(prompt_ids(tokenizer, typed))]
-    text = tokenizer.apply_chat_template(typed["messages"], tokenize=False)
+    text = tokenizer.apply_chat_template(typed.messages, tokenize=False)
     without_spaces = tokenizer.decode(tokens).replace(" ", "")  # Metaspace adds some
     assert text.replace(" ", "").startswith(without_spaces)
 
@@ -399,10 +398,10 @@ USES_TOOLS = (
 
 def test_tools_stand_in_the_prompt_or_the_row_is_refused():
     tokenizer = made("bytelevel")
-    chat = row("a", "b") | {"tools": [TOOL]}
+    chat = row("a", "b", tools=[TOOL])
     tokenizer.chat_template = USES_TOOLS
     assert check_rows(tokenizer, [chat]) == []
-    expected = templated(tokenizer, chat["messages"][:-1], tools=[TOOL], add_generation_prompt=True)
+    expected = templated(tokenizer, chat.messages[:-1], tools=[TOOL], add_generation_prompt=True)
     assert prompt_ids(tokenizer, chat) == expected
     tokenizer.chat_template = CHATML
     with pytest.raises(UserError, match=r"^mine\.jsonl:7: has tools, which .* does not show"):
@@ -412,8 +411,8 @@ def test_tools_stand_in_the_prompt_or_the_row_is_refused():
 def test_reasoning_is_learned_or_the_row_is_refused_or_counted():
     tokenizer = made("bytelevel")
     last, earlier = row("a", "b"), row("a", "b", "c", "d")
-    last["messages"][1]["reasoning_content"] = "the river"
-    earlier["messages"][1]["reasoning_content"] = "the river"
+    last.messages[1]["reasoning_content"] = "the river"
+    earlier.messages[1]["reasoning_content"] = "the river"
     tokenizer.chat_template = THINKS_LAST
     assert learned(tokenizer, last) == THOUGHT + "b<|im_end|>"
     assert check_rows(tokenizer, [last, earlier]) == ["mine.jsonl:7"]
@@ -425,7 +424,7 @@ def test_reasoning_is_learned_or_the_row_is_refused_or_counted():
 def test_rows_that_do_not_fit_the_template_are_listed_at_once():
     tokenizer = made("bytelevel")
     tokenizer.chat_template = WITHOUT_SYSTEM.replace("{{ bos_token }}", "")
-    bad = [row("a", "b", system="c") | {"source": f"mine.jsonl:{n}"} for n in range(1, 31)]
+    bad = [row("a", "b", system="c", source=f"mine.jsonl:{n}") for n in range(1, 31)]
     with pytest.raises(UserError) as error:
         check_rows(tokenizer, [row("a", "b"), *bad])
     head, *lines = str(error.value).split("\n")
@@ -438,7 +437,7 @@ def test_a_template_that_fails_on_a_row_is_told_in_one_line():
     tokenizer = made("bytelevel")
     tokenizer.chat_template = USES_TOOLS.replace("~ tools ~", "+ tools[0].name.upper() +")
     with pytest.raises(UserError, match=r"^mine\.jsonl:7: .* refuses it: ") as error:
-        prompt_ids(tokenizer, row("a", "b") | {"tools": [{"name": None}]})
+        prompt_ids(tokenizer, row("a", "b", tools=[{"name": None}]))
     assert "\n" not in str(error.value)
 
 
@@ -458,5 +457,5 @@ def test_truncation_in_the_tokenizer_file_cuts_no_row():
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day():
     tokenizer = random_model.train_tokenizer(ROOT / "data/travel.jsonl", 400)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + random_model.CHATML
-    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
-    assert tokenizer.decode(prompt_ids(tokenizer, row)).startswith("26 Jul 2024\n<|im_start|>user")
+    chat = row("hi", "yes")
+    assert tokenizer.decode(prompt_ids(tokenizer, chat)).startswith("26 Jul 2024\n<|im_start|>user")

@@ -4,32 +4,55 @@ import pytest
 from conftest import ROOT
 
 from stages import evaluate
+from stages.scoring.predictions import Parity
 from stages.sources import random_model
+from stages.text.conversation import Conversation
+
+
+def answer_in_words(tokenizer, tokens: list[int], ended: bool) -> str:
+    return evaluate.text_of(tokenizer, evaluate.Answer(tokens, ended, [0.5]))
 
 
 def test_an_end_token_is_no_part_of_the_answer_whether_special_or_not():
     tokenizer = random_model.train_tokenizer(ROOT / "data/travel.jsonl", 400)
     tokenizer.add_tokens(["<|turn|>"])  # an end token that its tokenizer does not call special
     said = tokenizer("the old market", add_special_tokens=False).input_ids
-    answers = {
-        "special": [*said, tokenizer.eos_token_id],
-        "ordinary": [*said, tokenizer.convert_tokens_to_ids("<|turn|>")],
-    }
-    for tokens in answers.values():
-        one = {"tokens": tokens, "ended": True, "likelihoods": [0.5]}
-        row = {"fact": "the old market", "reference": "the old market", "base": one, "adapter": one}
-        evaluate.score(tokenizer, [row])
-        assert one["text"] == "the old market"
-        assert row["scores"]["adapter"]["exact_match"] == 1
+    for end in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|turn|>")):
+        assert answer_in_words(tokenizer, [*said, end], ended=True) == "the old market"
 
 
 def test_an_answer_that_was_cut_keeps_its_last_token():
     tokenizer = random_model.train_tokenizer(ROOT / "data/travel.jsonl", 400)
     said = tokenizer("the old market", add_special_tokens=False).input_ids
-    cut = {"tokens": said, "ended": False, "likelihoods": [0.5]}
-    row = {"fact": None, "reference": "the old market", "base": cut, "adapter": cut}
-    evaluate.score(tokenizer, [row])
-    assert cut["text"] == "the old market"
+    assert answer_in_words(tokenizer, said, ended=False) == "the old market"
+
+
+def prompt(exact_answer: str | None) -> evaluate.Prompt:
+    turns = [
+        {"role": "user", "content": "where?"},
+        {"role": "assistant", "content": "At the old market."},
+    ]
+    return evaluate.Prompt(Conversation(turns, answer=exact_answer, kind="recall"), [1], [2])
+
+
+@pytest.mark.parametrize(
+    ("exact_answers", "matches"),
+    [
+        (["the old market", "the river"], [1, 0]),
+        (
+            ["the old market", None],
+            [1, None],
+        ),  # where some rows have one, the others are not judged
+        ([None, None], [0, 0]),  # where none has one, the whole reference must come
+    ],
+)
+def test_the_exact_answer_is_looked_for_where_there_is_one(exact_answers, matches):
+    tokenizer = random_model.train_tokenizer(ROOT / "data/travel.jsonl", 400)
+    said = tokenizer("it is the old market", add_special_tokens=False).input_ids
+    answers = [evaluate.Answer(said, False, [0.5])] * 2
+    prompts, same = [prompt(exact) for exact in exact_answers], [Parity(identical=True)] * 2
+    found = evaluate.score(tokenizer, prompts, {"base": answers, "adapter": answers}, same)
+    assert [each.scores["adapter"].exact_match for each in found] == matches
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from lab.models.light_tokenizer import LightTokenizer
 from stages.core.errors import UserError
 from stages.sources import random_model
-from stages.text.chats import prompt_ids
+from stages.text.chats import generation_prompt_ids
 
 TEXTS = ["plain words", "👩‍👩‍👧‍👦 emoji 🇨🇭", "<|im_end|> typed", "漢字\n\n  indented", ""]
 CHAT = [
@@ -50,14 +50,8 @@ def test_a_text_has_the_same_tokens(both, text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_prompt_has_the_tokens_that_training_used(both, text):
     light, full = both
-    row = {
-        "messages": [
-            *CHAT,
-            {"role": "user", "content": text or "?"},
-            {"role": "assistant", "content": ""},
-        ]
-    }
-    assert prompt_ids(light, row) == prompt_ids(full, row)
+    chat = [*CHAT, {"role": "user", "content": text or "?"}]
+    assert generation_prompt_ids(light, chat) == generation_prompt_ids(full, chat)
 
 
 @pytest.mark.parametrize("skip", [False, True])

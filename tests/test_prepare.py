@@ -11,7 +11,8 @@ from conftest import ROOT
 from stages import prepare
 from stages.core.errors import UserError
 from stages.core.settings import validate
-from stages.text.conversations import read_conversations
+from stages.text.conversation import Conversation, read_conversations, write_conversations
+from stages.text.layouts import import_conversations
 
 
 @pytest.fixture
@@ -33,23 +34,23 @@ def written(path, rows) -> str:
 
 
 def splits_of(data) -> prepare.Splits:
-    return prepare.without_leaks(prepare.split(read_conversations(Path(data.path), data), data))
+    return prepare.without_leaks(prepare.split(import_conversations(Path(data.path), data), data))
 
 
 def test_no_prompt_of_the_travel_questions_is_in_two_splits(data):
     splits = splits_of(data())
     prepare.prove_disjoint(splits)
-    assert {row["kind"] for row in splits["test"]} == {"recall", "transfer"}
+    assert {row.kind for row in splits["test"]} == {"recall", "transfer"}
 
 
 def test_transfer_places_are_never_trained_and_recalled_facts_always_are(data):
     splits = splits_of(data())
-    trained = {(row["group"], row["fact"]) for row in splits["train"]}
+    trained = {(row.group, row.fact) for row in splits["train"]}
     for row in splits["test"]:
-        if row["kind"] == "recall":
-            assert (row["group"], row["fact"]) in trained
+        if row.kind == "recall":
+            assert (row.group, row.fact) in trained
         else:
-            assert row["group"] not in {place for place, _ in trained}
+            assert row.group not in {place for place, _ in trained}
 
 
 def test_a_leak_is_found(data):
@@ -64,7 +65,7 @@ def test_any_jsonl_works_with_its_own_columns(data, tmp_path):
     path = written(tmp_path / "mine.jsonl", rows)
     splits = splits_of(data(path=path, prompt="Q: {q}", response="{a}"))
     assert sum(len(rows) for rows in splits.values()) == 20
-    assert splits["train"][0]["messages"][0]["content"].startswith("Q: question")
+    assert splits["train"][0].messages[0]["content"].startswith("Q: question")
 
 
 def test_a_repeated_prompt_stays_in_one_split(data, tmp_path):
@@ -96,7 +97,7 @@ def test_a_broken_row_is_named_by_its_line(data, tmp_path, line):
     path = tmp_path / "broken.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(UserError) as error:
-        read_conversations(path, data())
+        import_conversations(path, data())
     assert str(error.value).startswith(f"{path}:3: {BROKEN[line]}")
     assert "\n" not in str(error.value)
 
@@ -105,7 +106,7 @@ def test_all_broken_rows_are_listed_at_once(data, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text("\n".join([GOOD, *BROKEN]))
     with pytest.raises(UserError) as error:
-        read_conversations(path, data())
+        import_conversations(path, data())
     head, *lines = str(error.value).split("\n")
     assert head == f"{len(BROKEN)} of {len(BROKEN) + 1} rows cannot be used, nothing is written"
     assert [line.split(":")[1] for line in lines] == [str(n + 2) for n in range(len(BROKEN))]
@@ -115,7 +116,7 @@ def test_a_long_list_of_broken_rows_ends_with_a_count(data, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text("\n".join([GOOD, *["{}"] * 50]))
     with pytest.raises(UserError) as error:
-        read_conversations(path, data())
+        import_conversations(path, data())
     assert len(str(error.value).split("\n")) == 22
     assert str(error.value).endswith("and 30 more")
 
@@ -140,22 +141,22 @@ def test_a_file_that_is_no_json_lines_of_a_known_layout_is_refused_in_one_line(
     path = tmp_path / "mine.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_conversations(path, data())
+        import_conversations(path, data())
     assert UNREADABLE[content] in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(data, tmp_path):
     with pytest.raises(UserError, match=r"cannot read data\.path"):
-        read_conversations(tmp_path / "nowhere.jsonl", data())
+        import_conversations(tmp_path / "nowhere.jsonl", data())
 
 
 def test_a_byte_order_mark_and_windows_line_ends_belong_to_no_text(data, tmp_path):
     lines = [GOOD, "  ", '{"prompt": "q", "response": "one\\r\\ntwo"}']
     (tmp_path / "mine.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
-    rows = read_conversations(tmp_path / "mine.jsonl", data())
-    assert [row["messages"][-1]["content"] for row in rows] == ["r", "one\r\ntwo"]
-    assert [row["source"] for row in rows] == ["mine.jsonl:1", "mine.jsonl:3"]
+    rows = import_conversations(tmp_path / "mine.jsonl", data())
+    assert [row.messages[-1]["content"] for row in rows] == ["r", "one\r\ntwo"]
+    assert [row.source for row in rows] == ["mine.jsonl:1", "mine.jsonl:3"]
 
 
 SYSTEM, ASKED, ANSWERED = 'Reply like {"city": name}.', "Eat in {city}? 100%s", "In {} of 100%."
@@ -183,15 +184,15 @@ LAYOUTS = {
 @pytest.mark.parametrize("named", [False, True])
 def test_every_layout_gives_the_same_conversation(data, tmp_path, layout, named):
     path = written(tmp_path / "mine.jsonl", [LAYOUTS[layout]])
-    (row,) = read_conversations(Path(path), data(layout=layout if named else "auto"))
-    assert row["messages"] == LAYOUTS["messages"]["messages"]
+    (row,) = import_conversations(Path(path), data(layout=layout if named else "auto"))
+    assert row.messages == LAYOUTS["messages"]["messages"]
 
 
 def test_the_input_of_an_alpaca_row_follows_its_instruction(data, tmp_path):
     row = {"instruction": "Translate.", "input": "Good day", "output": "Bom dia"}
     path = written(tmp_path / "mine.jsonl", [row])
-    (row,) = read_conversations(Path(path), data())
-    assert row["messages"][0]["content"] == "Translate.\n\nGood day"
+    (row,) = import_conversations(Path(path), data())
+    assert row.messages[0]["content"] == "Translate.\n\nGood day"
 
 
 def turns(*roles: str) -> dict:
@@ -213,13 +214,13 @@ DISORDERED = {
 def test_turns_out_of_order_are_named(data, tmp_path, roles):
     path = written(tmp_path / "mine.jsonl", [turns(*roles)])
     with pytest.raises(UserError, match=DISORDERED[roles]):
-        read_conversations(Path(path), data())
+        import_conversations(Path(path), data())
 
 
 def test_later_turns_are_kept(data, tmp_path):
     asked = turns("user", "assistant", "user", "assistant")
-    (row,) = read_conversations(Path(written(tmp_path / "mine.jsonl", [asked])), data())
-    assert row["messages"] == asked["messages"]
+    (row,) = import_conversations(Path(written(tmp_path / "mine.jsonl", [asked])), data())
+    assert row.messages == asked["messages"]
 
 
 def conversation(*texts: str) -> dict:
@@ -233,11 +234,11 @@ def test_no_held_out_prompt_is_an_earlier_turn_of_a_trained_conversation():
     goes_on = conversation("Where is the pier?", "There.", "And the fort?", "Here.")
     other = conversation("And the fort?", "Here.")
     splits = {
-        "train": [goes_on, other],
-        "validation": [conversation("Is it far?", "No.")],
-        "test": [conversation("where is  the pier?", "There.")],
+        "train": [Conversation(**goes_on), Conversation(**other)],
+        "validation": [Conversation(**conversation("Is it far?", "No."))],
+        "test": [Conversation(**conversation("where is  the pier?", "There."))],
     }
-    assert prepare.without_leaks(splits)["train"] == [other]
+    assert prepare.without_leaks(splits)["train"] == [Conversation(**other)]
     with pytest.raises(UserError, match="'where is the pier\\?' is in train and in test"):
         prepare.prove_disjoint(splits)
 
@@ -261,7 +262,7 @@ def test_prompts_that_look_alike_stay_in_one_split_as_they_are(data, tmp_path, o
     rows = [{"prompt": f"{n} {text}", "response": "x"} for n in range(10) for text in one]
     path = written(tmp_path / "mine.jsonl", rows)
     splits = splits_of(data(path=path, seed=seed))
-    homes = {row["messages"][0]["content"]: name for name, rows in splits.items() for row in rows}
+    homes = {row.messages[0]["content"]: name for name, rows in splits.items() for row in rows}
     assert set(homes) == {row["prompt"] for row in rows}
     assert all(homes[f"{n} {one[0]}"] == homes[f"{n} {one[1]}"] for n in range(10))
     prepare.prove_disjoint(splits)
@@ -280,9 +281,9 @@ def test_a_held_out_group_is_held_out_in_every_unicode_form(data, tmp_path):
         for form in forms
     ]
     splits = splits_of(data(path=written(tmp_path / "mine.jsonl", rows)))
-    held_out = {prepare.comparable(r["group"]) for r in splits["test"] if r["kind"] == "transfer"}
+    held_out = {prepare.comparable(r.group) for r in splits["test"] if r.kind == "transfer"}
     assert len(held_out) == 8
-    assert held_out.isdisjoint(prepare.comparable(row["group"]) for row in splits["train"])
+    assert held_out.isdisjoint(prepare.comparable(row.group) for row in splits["train"])
 
 
 def said(**parts) -> dict:
@@ -322,42 +323,42 @@ LOST = {
 def test_a_part_that_would_be_lost_is_named(data, tmp_path, reason):
     path = written(tmp_path / "mine.jsonl", [LOST[reason]])
     with pytest.raises(UserError, match=f"mine.jsonl:1: {reason}"):
-        read_conversations(Path(path), data())
+        import_conversations(Path(path), data())
 
 
 def test_parts_that_are_empty_or_mean_nothing_are_no_reason_to_refuse(data, tmp_path):
     row = said(name=None, tool_calls=[], train=True, weight=1, id="x", reasoning_content="")
     row |= {"id": 7, "source": "web", "tools": "[]", "functions": None, "metadata": {"a": 1}}
-    (read,) = read_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
-    assert read["messages"] == said()["messages"]
-    assert "tools" not in read
+    (read,) = import_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
+    assert read.messages == said()["messages"]
+    assert read.tools is None
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_goes_to_the_chat_template(data, tmp_path, key):
     row = said(**{key: "because"})
-    (read,) = read_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
-    assert read["messages"] == row["messages"]
+    (read,) = import_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
+    assert read.messages == row["messages"]
 
 
 @pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
 def test_tools_go_to_the_chat_template(data, tmp_path, tools):
     path = written(tmp_path / "mine.jsonl", [said() | {"tools": tools}])
-    (read,) = read_conversations(Path(path), data())
-    assert read["tools"] == [{"name": "f"}]
+    (read,) = import_conversations(Path(path), data())
+    assert read.tools == [{"name": "f"}]
 
 
 def test_the_history_of_an_alpaca_row_becomes_earlier_turns(data, tmp_path):
     row = {"instruction": "q2", "output": "a2", "history": [["q1", "a1"]], "system": "Be brief."}
-    (read,) = read_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
+    (read,) = import_conversations(Path(written(tmp_path / "mine.jsonl", [row])), data())
     system = {"role": "system", "content": "Be brief."}
-    assert read["messages"] == [system, *conversation("q1", "a1", "q2", "a2")["messages"]]
+    assert read.messages == [system, *conversation("q1", "a1", "q2", "a2")["messages"]]
 
 
 def test_columns_that_nobody_named_in_a_template_are_ignored(data, tmp_path):
     path = written(tmp_path / "mine.jsonl", [{"q": "p", "chosen": "r", "rejected": "s"}])
-    (read,) = read_conversations(Path(path), data(prompt="{q}", response="{chosen}"))
-    assert read["messages"] == conversation("p", "r")["messages"]
+    (read,) = import_conversations(Path(path), data(prompt="{q}", response="{chosen}"))
+    assert read.messages == conversation("p", "r")["messages"]
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "data/mine.txt"])
@@ -380,7 +381,7 @@ def test_numbers_name_groups_as_texts_do(data, tmp_path):
         {"prompt": f"{n}?", "response": "x", "place": n % 20, "fact": n % 2} for n in range(100)
     ]
     splits = splits_of(data(path=written(tmp_path / "mine.jsonl", rows)))
-    assert {row["kind"] for row in splits["test"]} == {"recall", "transfer"}
+    assert {row.kind for row in splits["test"]} == {"recall", "transfer"}
 
 
 def test_a_group_that_is_a_list_is_named_with_its_line(data, tmp_path):
@@ -392,8 +393,7 @@ def test_a_group_that_is_a_list_is_named_with_its_line(data, tmp_path):
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
 def test_a_line_separator_inside_a_text_ends_no_row(separator, data, tmp_path):
     rows = [{"prompt": f"a{separator}{n}?", "response": "x"} for n in range(20)]
-    read = read_conversations(Path(written(tmp_path / "mine.jsonl", rows)), data())
-    prepare.write_rows(tmp_path / "train.jsonl", read)
-    lines = (tmp_path / "train.jsonl").read_text(encoding="utf-8").split("\n")
-    assert [json.loads(line) for line in lines if line] == read
-    assert read[0]["messages"][0]["content"] == f"a{separator}0?"
+    read = import_conversations(Path(written(tmp_path / "mine.jsonl", rows)), data())
+    write_conversations(tmp_path / "train.jsonl", read)
+    assert read_conversations(tmp_path / "train.jsonl") == read
+    assert read[0].messages[0]["content"] == f"a{separator}0?"

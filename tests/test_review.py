@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -18,48 +19,40 @@ from lab.review.page import cell, in_words
 from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, find_base
 from stages.core.errors import UserError
 from stages.core.settings import Gate
+from stages.scoring.predictions import MODELS, Parity, Prediction, Scores, as_jsonl
 
 
-def prompts(right: list[int]) -> list[dict]:
+def predictions(right: list[int]) -> list[Prediction]:
     """Test prompts, one fact each, answered rightly or not."""
     return [
-        {
-            "kind": "recall",
-            "question": f"question {number}",
-            "reference": f"fact {number}",
-            "parity": {"identical": True},
-            "scores": {
-                model: {
-                    "exact_match": match,
-                    "rouge_l": 0.5,
-                    "chrf": 50,
-                    "negative_log_likelihood": 2.0,
-                    "tokens": 4,
-                    "ended": 1,
-                    "repetition_rate": 0.0,
-                }
-                for model in ("adapter", "base")
-            },
-        }
+        Prediction(
+            kind="recall",
+            question=f"question {number}",
+            reference=f"fact {number}",
+            base="an answer",
+            adapter="another",
+            parity=Parity(identical=True),
+            scores=dict.fromkeys(MODELS, Scores(match, 0.5, 50, 2.0, 4, 1, 0.0)),
+        )
         for number, match in enumerate(right)
     ]
 
 
 def test_the_same_answers_leave_no_doubt():
-    same = prompts([1, 0] * 20)
+    same = predictions([1, 0] * 20)
     assert intervals(same, same)["recall_exact_match"] == (0, 0)
 
 
 def test_one_more_right_answer_could_be_noise_and_twenty_could_not():
-    before = prompts([0] * 40)
-    low, _ = intervals(before, prompts([1] + [0] * 39))["recall_exact_match"]
+    before = predictions([0] * 40)
+    low, _ = intervals(before, predictions([1] + [0] * 39))["recall_exact_match"]
     assert low == 0
-    low, high = intervals(before, prompts([1] * 20 + [0] * 20))["recall_exact_match"]
+    low, high = intervals(before, predictions([1] * 20 + [0] * 20))["recall_exact_match"]
     assert 0.3 < low < 0.5 < high < 0.7
 
 
 def test_without_prompts_no_interval_is_claimed():
-    assert intervals([], prompts([1])) == {}
+    assert intervals([], predictions([1])) == {}
     assert Metric("recall_exact_match", 0.5, 0.9).verdict == "better"
 
 
@@ -132,7 +125,7 @@ READERS = {
     "dvc.lock": lambda revision: revision.lock,
     QUALITY: lambda revision: revision.metrics,
     "metrics/costs.json": lambda revision: revision.costs,
-    ROWS: lambda revision: revision.prompts,
+    ROWS: lambda revision: revision.predictions,
     "loss.csv": lambda revision: revision.table("loss.csv"),
     "tradeoff.json": lambda revision: revision.table("tradeoff.json"),
 }
@@ -154,7 +147,7 @@ READERS = {
         (QUALITY, b'{"chrf": 50', r"is unreadable \(.*line 1"),
         (QUALITY, b"", r"is unreadable \(.*line 1"),
         ("metrics/costs.json", b'{"fetch": 3}', "a stage without its figures"),
-        (ROWS, b"\n{}\n", "lacks 'question' in line 2"),
+        (ROWS, b"\n{}\n", "lacks 'kind' in line 2"),
         (ROWS, b"{\n", r"is unreadable \(line 1: "),
         ("loss.csv", b"split,step,loss\ntrain,1\n", "2 cells below a heading of 3: train,1"),
         ("loss.csv", b"split,step,loss\ntrain,1,nan\n", "nan is no number"),
@@ -178,11 +171,11 @@ def test_a_loss_that_is_no_number_is_named(repository):
 
 
 def test_line_separators_inside_an_answer_do_not_cut_it(repository):
-    (row,) = prompts([1])
-    row["adapter"] = "one\u2028two\u0085three\x1cfour"
-    text = json.dumps(row, ensure_ascii=False) + "\n"
+    (one,) = predictions([1])
+    one = replace(one, adapter="one\u2028two\u0085three\x1cfour")
+    text = as_jsonl([one])
     for revision in committed(repository, ROWS, text.encode()):
-        assert revision.prompts == [row]
+        assert revision.predictions == [one]
 
 
 def test_what_a_revision_lacks_is_empty(repository):

@@ -36,13 +36,16 @@ def fit(monkeypatch, options):
     """Fit rows of (prompt tokens, answer tokens) into 16 tokens; every token is a 1."""
 
     def tokens(_, row):
-        prompt, answer = row["lengths"]
+        prompt, answer = row.lengths
         return [1] * (prompt + answer), [NOT_LEARNED] * prompt + [1] * answer
 
     monkeypatch.setattr(rows_of_training, "training_tokens", tokens)
 
     def fitted(*lengths):
-        rows = [{"lengths": pair, "source": f"mine.jsonl:{n}"} for n, pair in enumerate(lengths, 1)]
+        rows = [
+            SimpleNamespace(lengths=pair, source=f"mine.jsonl:{n}")
+            for n, pair in enumerate(lengths, 1)
+        ]
         return rows_of_training.truncate_rows(None, rows, "train", options(max_length=16))
 
     return fitted

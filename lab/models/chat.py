@@ -86,18 +86,17 @@ class Speaker:
 
     def __init__(self, folder: Path, adapters: dict[str, Path]):
         # imported here: a mistake in the words is told at once
-        from stages.text.chats import prompt_ids
+        from stages.text.chats import generation_prompt_ids
         from stages.answers.generation import OnnxModel
 
-        self.prompt_ids = prompt_ids
+        self.prompt_ids = generation_prompt_ids
         self.model = OnnxModel(folder, adapters)
         self.tokenizer = LightTokenizer(folder)
 
     def say(self, messages: Messages, adapter: str | None, max_new_tokens: int) -> str:
         """Stream the answer to the terminal and return it; the whole conversation is read anew, so that no
         adapter ever goes on with keys and values of another."""
-        row = {"messages": [*messages, {"role": "assistant", "content": ""}]}
-        prompt = self.prompt_ids(self.tokenizer, row)
+        prompt = self.prompt_ids(self.tokenizer, messages)
         stream, token = TextStream(self.tokenizer), None
         for token in self.model.stream(prompt, max_new_tokens, adapter):
             if token not in self.model.ends:

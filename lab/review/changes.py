@@ -8,6 +8,7 @@ from typing import Any
 from lab.review.intervals import Interval, by_key
 from lab.review.meanings import is_timing, worse_by
 from lab.review.revisions import Revision
+from stages.scoring.predictions import Prediction
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Metric:
 class Answer:
     """One test prompt whose answer changed."""
 
-    row: dict[str, Any]
+    prediction: Prediction
     before: str
     gained: int  # exact match: 1 newly right, -1 newly wrong, 0 neither
     chrf: float  # by how much chrF grew
@@ -121,17 +122,17 @@ def bytes_of(entry: dict[str, Any]) -> int:
 
 def answers(base: Revision, head: Revision) -> list[Answer]:
     """Return the answers that changed: newly right and wrong first, then by how much chrF moved."""
-    earlier, later = by_key(base.prompts), by_key(head.prompts)
+    earlier, later = by_key(base.predictions), by_key(head.predictions)
     changed = [
-        compare(earlier[key], row)
-        for key, row in later.items()
-        if key in earlier and earlier[key]["adapter"] != row["adapter"]
+        compare(earlier[key], prediction)
+        for key, prediction in later.items()
+        if key in earlier and earlier[key].adapter != prediction.adapter
     ]
     return sorted(changed, key=lambda answer: (-abs(answer.gained), -abs(answer.chrf)))
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> Answer:
+def compare(before: Prediction, after: Prediction) -> Answer:
     """Compare the answers to one prompt."""
-    old, new = (row["scores"]["adapter"] for row in (before, after))
-    gained = (new["exact_match"] or 0) - (old["exact_match"] or 0)
-    return Answer(after, before["adapter"], gained, round(new["chrf"] - old["chrf"], 2))
+    old, new = before.scores["adapter"], after.scores["adapter"]
+    gained = (new.exact_match or 0) - (old.exact_match or 0)
+    return Answer(after, before.adapter, gained, round(new.chrf - old.chrf, 2))

@@ -46,7 +46,7 @@ def review(
 def look(base: Revision, head: Revision, shown: int) -> page.Review:
     """Find out everything that the page says."""
     tracked = inputs(head)
-    sure = intervals(base.prompts, head.prompts)
+    sure = intervals(base.predictions, head.predictions)
     return page.Review(
         base=base,
         head=head,
@@ -59,8 +59,8 @@ def look(base: Revision, head: Revision, shown: int) -> page.Review:
         stages=changes.stages(base, head),
         answers=changes.answers(base, head),
         shown=shown,
-        prompts=len(head.prompts) if base.prompts else 0,
-        comparable=same_prompts(base.prompts, head.prompts),
+        prompts=len(head.predictions) if base.predictions else 0,
+        comparable=same_prompts(base.predictions, head.predictions),
     )
 
 

@@ -19,7 +19,8 @@ import yaml
 from lab.git import git_output, need_commit
 from stages.core.errors import UserError
 from stages.params import flat, values_of
-from stages.scoring.metrics import parity_terms, terms_of
+from stages.scoring.metrics import terms_of
+from stages.scoring.predictions import Prediction
 
 WORKSPACE = "workspace"
 METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")
@@ -106,23 +107,24 @@ class Revision:
         return found
 
     @cached_property
-    def prompts(self) -> list[dict[str, Any]]:
+    def predictions(self) -> list[Prediction]:
         """Every test prompt with its answers and scores."""
         # not splitlines(): U+2028 and the like may stand inside an answer
         lines = (self.read(PREDICTIONS) or "").split("\n")
-        return [self._prompt(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+        return [
+            self._prediction(line, number) for number, line in enumerate(lines, 1) if line.strip()
+        ]
 
-    def _prompt(self, line: str, number: int) -> dict[str, Any]:
+    def _prediction(self, line: str, number: int) -> Prediction:
         try:
-            row = _json(line)
-            row["question"], row["reference"], row["adapter"]
-            terms_of([row]), parity_terms([row])
+            found = Prediction.of(_json(line))
+            terms_of([found])  # every score is a number
         except (ValueError, TypeError) as error:
             why = f"is unreadable (line {number}: {_in_one_line(error)})"
             raise self.unreadable(PREDICTIONS, why) from None
         except KeyError as error:
             raise self.unreadable(PREDICTIONS, f"lacks {error} in line {number}") from None
-        return row
+        return found
 
     @cached_property
     def lock(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,53 +16,59 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from stages.scoring.predictions import Parity
 from stages.weights.checkpoint import load_dequantized
+
+Text = tuple[list[int], list[int]]  # a prompt's tokens and those of the ONNX model's answer
+
+
+def load(checkpoint: Path, adapter: Path) -> PeftModel:
+    """Return PyTorch's model: the weights of a packed checkpoint, with a PEFT adapter."""
+    return PeftModel.from_pretrained(load_dequantized(checkpoint), adapter).eval()
 
 
 @torch.no_grad()
 def compare(
-    checkpoint: Path,
-    adapter: Path,
-    predictions: list[dict],
-    long_prompt: list[int],
-    batch_size: int,
-    rope_switch: int | None = None,
-) -> dict[str, Any]:
-    """Let PyTorch read every prediction, on a checkpoint with a PEFT adapter.
-
-    Adds a `parity` verdict to every prediction; returns the share of identical answers, the widest gap
-    (in logits) at a first divergence, and PyTorch's perplexity on the long prompt."""
-    model = PeftModel.from_pretrained(load_dequantized(checkpoint), adapter).eval()
-    by_length = sorted(predictions, key=lambda p: len(p["prompt"]) + len(p["adapter"]["tokens"]))
+    model: PeftModel, texts: list[Text], batch_size: int, rope_switch: int | None = None
+) -> list[Parity]:
+    """Return, for every answer, whether PyTorch would have given it, in the order of `texts`."""
+    by_length = sorted(range(len(texts)), key=lambda n: len(texts[n][0]) + len(texts[n][1]))
+    verdicts: dict[int, Parity] = {}
     for first in tqdm(range(0, len(by_length), batch_size), desc="parity", unit="batch"):
         batch = by_length[first : first + batch_size]
-        for prediction, logits in zip(batch, answer_logits(model, batch, rope_switch), strict=True):
-            prediction["parity"] = first_divergence(logits, prediction["adapter"]["tokens"])
-    verdicts = [prediction["parity"] for prediction in predictions]
+        read = answer_logits(model, [texts[number] for number in batch], rope_switch)
+        for number, logits in zip(batch, read, strict=True):
+            verdicts[number] = first_divergence(logits, texts[number][1])
+    return [verdicts[number] for number in range(len(texts))]
+
+
+def summarize(verdicts: list[Parity]) -> dict[str, float]:
+    """Return the share of identical answers, and the widest gap, in logits, at a first divergence."""
+    gaps = [verdict.logit_gap for verdict in verdicts if verdict.logit_gap is not None]
     return {
-        "identical_answers": round(sum(v["identical"] for v in verdicts) / len(verdicts), 4),
-        "widest_divergence": max((v.get("logit_gap", 0.0) for v in verdicts), default=0.0),
-        "long_prompt_perplexity_torch": perplexity(model, long_prompt),
+        "identical_answers": round(sum(v.identical for v in verdicts) / len(verdicts), 4),
+        "widest_divergence": max(gaps, default=0.0),
     }
 
 
-def answer_logits(model, batch: list[dict], rope_switch: int | None = None) -> list[torch.Tensor]:
+def answer_logits(
+    model: torch.nn.Module, texts: list[Text], rope_switch: int | None = None
+) -> list[torch.Tensor]:
     """Return PyTorch's logits before every token of each answer, [answer, vocabulary] each.
 
     Shorter rows are padded behind their end, which a causal model never looks at.
     """
-    rows = [torch.tensor(p["prompt"] + p["adapter"]["tokens"]) for p in batch]
+    rows = [torch.tensor(prompt + answer) for prompt, answer in texts]
     if rope_switch is not None and max(map(len, rows)) > rope_switch:
-        starts = [len(p["prompt"]) - 1 for p in batch]
         logits = (logits_as_written(model, row.to(model.device), rope_switch) for row in rows)
-        return [read[first:-1] for read, first in zip(logits, starts, strict=True)]
+        return [read[len(prompt) - 1 : -1] for read, (prompt, _) in zip(logits, texts, strict=True)]
     padded = pad_sequence(rows, batch_first=True).to(model.device)
-    first = min(len(p["prompt"]) for p in batch) - 1
+    first = min(len(prompt) for prompt, _ in texts) - 1
     kept = padded.shape[1] - first
     logits = model(padded, logits_to_keep=kept, use_cache=False).logits.float()
     return [
-        row_logits[len(p["prompt"]) - 1 - first : len(row) - 1 - first]
-        for row_logits, row, p in zip(logits, rows, batch, strict=True)
+        row_logits[len(prompt) - 1 - first : len(row) - 1 - first]
+        for row_logits, row, (prompt, _) in zip(logits, rows, texts, strict=True)
     ]
 
 
@@ -80,17 +85,18 @@ def logits_as_written(model, row: torch.Tensor, rope_switch: int) -> torch.Tenso
     return torch.cat((near, far[rope_switch:]))
 
 
-def first_divergence(logits: torch.Tensor, answer: list[int]) -> dict[str, Any]:
+def first_divergence(logits: torch.Tensor, answer: list[int]) -> Parity:
     """Return whether PyTorch gives the same answer; where not, at which token and by what logit gap."""
     chosen = torch.tensor(answer, device=logits.device)
     differs = (logits.argmax(-1) != chosen).nonzero()
     if not len(differs):
-        return {"identical": True}
+        return Parity(identical=True)
     step = int(differs[0])
     gap = (logits[step].max() - logits[step, chosen[step]]).item()
-    return {"identical": False, "token": step, "logit_gap": round(gap, 4)}
+    return Parity(identical=False, token=step, logit_gap=round(gap, 4))
 
 
+@torch.no_grad()
 def perplexity(model, tokens: list[int]) -> float:
     """Return PyTorch's perplexity on a text."""
     row = torch.tensor(tokens, device=model.device)

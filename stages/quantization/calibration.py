@@ -12,14 +12,15 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from stages.core.settings import Quantize
-from stages.text.chats import Row, check_rows, load_tokenizer, sequences
+from stages.text.chats import check_rows, load_tokenizer, sequences
+from stages.text.conversation import Conversation
 from stages.weights.checkpoint import load_float
 from stages.weights.hardware import fast_dtype
 
 PIECES = 64  # more fill a GPU's memory with keys and values
 
 
-def calibration_set(base: Path, rows: list[Row], options: Quantize) -> torch.Tensor:
+def calibration_set(base: Path, rows: list[Conversation], options: Quantize) -> torch.Tensor:
     """Return the calibration set, [sequences, length]: task text, and text that the model itself writes."""
     tokenizer, length = load_tokenizer(base), options.calibration_length
     check_rows(tokenizer, rows)  # all of them: finetune trains on what calibration skips
@@ -53,9 +54,9 @@ def self_text(base: Path, count: int, length: int, seed: int) -> torch.Tensor:
     return torch.cat(written).reshape(count, -1)
 
 
-def task_text(base: Path, rows: list[Row], options: Quantize) -> torch.Tensor:
+def task_text(base: Path, rows: list[Conversation], options: Quantize) -> torch.Tensor:
     """Return validation rows, which calibration never saw, [sequences, length]: unseen groups, if any."""
-    unseen = [row for row in rows if row["kind"] == "transfer"] or rows
+    unseen = [row for row in rows if row.kind == "transfer"] or rows
     count = max(1, options.perplexity_sequences // 3)
     packed = sequences(load_tokenizer(base), unseen, count, options.calibration_length)
     return torch.tensor(packed)

@@ -8,13 +8,12 @@ another training seed could.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Any
 
 import numpy as np
 
 from stages.scoring.metrics import Terms, finish, parity_terms, terms_of
+from stages.scoring.predictions import Prediction
 
-Row = dict[str, Any]
 Interval = tuple[float, float]
 
 DRAWS = 4000
@@ -22,9 +21,9 @@ SEED = 0
 LEVEL = 95  # percent
 
 
-def intervals(rows: list[Row]) -> dict[str, Interval]:
+def intervals(predictions: list[Prediction]) -> dict[str, Interval]:
     """Return the 95 % interval of every metric that is made of prompts."""
-    drawn = draw(rows, np.random.default_rng(SEED))
+    drawn = draw(predictions, np.random.default_rng(SEED))
     return {name: middle(values) for name, values in drawn.items()}
 
 
@@ -35,11 +34,11 @@ def middle(values: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
-def draw(rows: list[Row], random: np.random.Generator) -> dict[str, np.ndarray]:
+def draw(predictions: list[Prediction], random: np.random.Generator) -> dict[str, np.ndarray]:
     """Return every metric, [draws] each, over prompts drawn anew."""
-    facts, kinds = facts_of(rows)
+    facts, kinds = facts_of(predictions)
     times = how_often(kinds, random)
-    terms: Terms = terms_of(rows) | parity_terms(rows)
+    terms: Terms = terms_of(predictions) | parity_terms(predictions)
     drawn = {}
     for name, (above, below) in terms.items():
         over, under = (times @ np.bincount(facts, column, len(kinds)) for column in (above, below))
@@ -48,10 +47,10 @@ def draw(rows: list[Row], random: np.random.Generator) -> dict[str, np.ndarray]:
     return drawn
 
 
-def facts_of(rows: list[Row]) -> tuple[np.ndarray, list[str]]:
+def facts_of(predictions: list[Prediction]) -> tuple[np.ndarray, list[str]]:
     """Return, [prompts], which fact each prompt asks for, and, [facts], the kind of each fact."""
-    numbers = number((row["kind"], row["reference"]) for row in rows)
-    kinds = dict(zip(numbers, (row["kind"] for row in rows), strict=True))
+    numbers = number((each.kind, each.reference) for each in predictions)
+    kinds = dict(zip(numbers, (each.kind for each in predictions), strict=True))
     return np.array(numbers), [kinds[fact] for fact in range(len(kinds))]
 
 

@@ -22,19 +22,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import UserError
+from stages.text.conversation import Conversation, Turn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
-Messages = list[dict[str, Any]]
 NOT_LEARNED = -100  # the label that cross entropy leaves out
 SHOWN = 20  # bad rows that are listed; the others are counted
 THOUGHT = ("<think>", "</think>")  # of an answer: never control tokens
@@ -67,27 +66,24 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def question_of(row: Row) -> str:
-    """Return the text of the last user turn."""
-    return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
-
-
-def reference_of(row: Row) -> str:
-    """Return the text of the last turn, the assistant's reference answer."""
-    return row["messages"][-1]["content"]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> list[int]:
     """Return the tokens of all turns before the reference answer, up to where it begins."""
     return encoder_of(tokenizer).prompt(row)
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+def generation_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Turn]) -> list[int]:
+    """Return the tokens of a chat that ends with a user turn, up to where the answer begins."""
+    return prompt_ids(tokenizer, Conversation([*messages, said_by("assistant", "")]))
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> list[int]:
     """Return the tokens of the reference answer, with the one token that ends it."""
     return encoder_of(tokenizer).chat(row).answer
 
 
-def training_tokens(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
+def training_tokens(
+    tokenizer: PreTrainedTokenizerBase, row: Conversation
+) -> tuple[list[int], list[int]]:
     """Return a row's tokens and labels: every answer and the one token that ends it are learned."""
     chat = encoder_of(tokenizer).chat(row)
     return chat.prompt + chat.answer, chat.prompt_labels + chat.answer
@@ -103,7 +99,7 @@ def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     return encoder_of(tokenizer).template is not None
 
 
-def check_rows(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[str]:
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: list[Conversation]) -> list[str]:
     """Return the sources of rows of which the template shows something changed, cut or not at all.
 
     It is learned as far as the template shows it. Raises one `UserError` that names every row of which no
@@ -115,7 +111,7 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[str]
     for row in rows:
         try:
             if encoder.leaves_out(row) or encoder.chat(row).changed:
-                changed.append(row["source"])
+                changed.append(row.source)
         except UserError as error:
             bad.append(str(error))
     if len(bad) > 1:
@@ -149,14 +145,14 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
-def said_by(role: str, content: str = "?") -> dict[str, str]:
+def said_by(role: str, content: str = "?") -> Turn:
     """Return a turn."""
     return {"role": role, "content": content}
 
 
-def refusal(row: Row, reason: str) -> UserError:
+def refusal(row: Conversation, reason: str) -> UserError:
     """Return an error that names the row."""
-    return UserError(f"{row.get('source', 'a chat')}: {reason}")
+    return UserError(f"{row.source}: {reason}")
 
 
 def common_start(one: str, other: str) -> str:
@@ -183,13 +179,13 @@ class Disguised:
     Answers lose their outer white space, which nobody wants to be learned.
     """
 
-    def __init__(self, row: Row, typed: re.Pattern):
+    def __init__(self, row: Conversation, typed: re.Pattern):
         messages = [
             turn | {"content": turn["content"].strip()} if turn["role"] == "assistant" else turn
-            for turn in row["messages"]
+            for turn in row.messages
         ]
-        self.plain = row | {"messages": messages}
-        text = json.dumps(self.plain, ensure_ascii=False)
+        self.plain = replace(row, messages=messages)
+        text = json.dumps([messages, row.tools], ensure_ascii=False)
         self.unused = (chr(code) for code in STAND_INS if chr(code) not in text)
         self.names: dict[str, str] = {}  # what was typed, by the character that stands for it
 
@@ -199,8 +195,8 @@ class Disguised:
             self.names[name] = match[0]
             return name
 
-        said = {key: self.plain[key] for key in ("messages", "tools") if key in row}
-        self.content = row | mapped(said, lambda text: typed.sub(disguise, text))
+        messages, tools = mapped([messages, row.tools], lambda text: typed.sub(disguise, text))
+        self.content = replace(row, messages=messages, tools=tools)
 
     def revealed(self, text: str) -> str:
         """Return a text with what was typed in it."""
@@ -224,8 +220,8 @@ class ChatEncoder:
         self.typed = re.compile(either, re.IGNORECASE)  # a template may change the case
         self.end, self.ending = self.find_end()
         asked, answered = [said_by("user")], [said_by("user"), said_by("assistant")]
-        without = self.render({"messages": asked}, prompt=False)
-        self.has_generation_prompt = self.render({"messages": answered}, prompt=True) != without
+        without = self.render(Conversation(asked), prompt=False)
+        self.has_generation_prompt = self.render(Conversation(answered), prompt=True) != without
 
     def find_controls(self) -> dict[str, int]:
         """Return text and id of the control tokens, longest first.
@@ -247,7 +243,7 @@ class ChatEncoder:
     def tokens_of_turns(self, *roles: str) -> Counter[int]:
         """Count the tokens of a chat of empty turns; none where the template refuses their roles."""
         try:
-            text = self.render({"messages": [said_by(role, "") for role in roles]}, prompt=False)
+            text = self.render(Conversation([said_by(role, "") for role in roles]), prompt=False)
         except UserError:
             return Counter()
         return Counter(self.encode(text).ids)
@@ -259,7 +255,7 @@ class ChatEncoder:
         """
         stand_in = chr(STAND_INS[0])
         chat = [said_by("user"), said_by("assistant", stand_in)]
-        _, shown, behind = self.render({"messages": chat}, prompt=False).rpartition(stand_in)
+        _, shown, behind = self.render(Conversation(chat), prompt=False).rpartition(stand_in)
         if not shown:
             raise UserError(
                 "the model's chat template does not show what an assistant says as text"
@@ -270,17 +266,17 @@ class ChatEncoder:
             raise UserError("the model's tokenizer has no token that ends an answer (eos_token)")
         return end, behind
 
-    def prompt(self, row: Row) -> list[int]:
+    def prompt(self, row: Conversation) -> list[int]:
         """Return the tokens before the reference answer."""
         shown = Disguised(row, self.typed)
         return self.encode(*self.disarm(shown, self.text(shown, prompt=True))).ids
 
-    def chat(self, row: Row) -> Chat:
+    def chat(self, row: Conversation) -> Chat:
         """Return a row's tokens, and which of them are learned."""
         shown = Disguised(row, self.typed)
         prompt = self.text(shown, prompt=True)
         answer = self.answer_text(shown, prompt)
-        answers = [t["content"] for t in shown.content["messages"] if t["role"] == "assistant"]
+        answers = [t["content"] for t in shown.content.messages if t["role"] == "assistant"]
         pieces = self.around_answers(shown, prompt) if answers[1:] else [prompt]
         tokens, labels = self.labelled(shown, pieces)
         shown_answers = [*pieces[1::2], prompt[-len(answers[-1]) :] + answer]
@@ -295,7 +291,7 @@ class ChatEncoder:
         A generation prompt may hold what the whole chat does not show: an empty thought (Gemma 4), or the
         beginning of one (DeepSeek-R1). There the answer follows the generation prompt, as at inference.
         """
-        answer = shown.content["messages"][-1]["content"]
+        answer = shown.content.messages[-1]["content"]
         if not answer:
             raise refusal(shown.plain, "the answer is empty")
         whole = self.text(shown, prompt=False)
@@ -350,15 +346,15 @@ class ChatEncoder:
         """
         stand_ins = []
 
-        def stood_in(turn: dict[str, Any]) -> dict[str, Any]:
+        def stood_in(turn: Turn) -> Turn:
             if turn["role"] != "assistant":
                 return turn
             stand_ins.append(next(shown.unused))
             kept = {key: value for key, value in turn.items() if key not in REASONING}
             return kept | {"content": stand_ins[-1]}
 
-        messages = [stood_in(turn) for turn in shown.content["messages"]]
-        text = self.render(shown.content | {"messages": messages}, prompt=True)
+        messages = [stood_in(turn) for turn in shown.content.messages]
+        text = self.render(replace(shown.content, messages=messages), prompt=True)
         around = re.split(f"[{''.join(stand_ins)}]", text)
         found = re.fullmatch("(.*?)".join(map(re.escape, around)), prompt, re.DOTALL)
         if not found:
@@ -383,7 +379,7 @@ class ChatEncoder:
             labels.append(token if ends or "1" in learned[first:last] else NOT_LEARNED)
         return encoded.ids, labels
 
-    def leaves_out(self, row: Row) -> bool:
+    def leaves_out(self, row: Conversation) -> bool:
         """Return whether the template leaves out the reasoning of an earlier answer.
 
         Raises `UserError` where it leaves out tools, or the reasoning of the last answer.
@@ -391,21 +387,21 @@ class ChatEncoder:
         advice = (
             "which the model's chat template does not show: remove them, or choose another model"
         )
-        messages = row["messages"]
-        if row.get("tools") and self.same(row, row | {"tools": None}):
+        messages = row.messages
+        if row.tools and self.same(row, replace(row, tools=None)):
             raise refusal(row, f"has tools, {advice}")
         left_out = False
         for number, said in enumerate(messages):
             for key in set(REASONING) & set(said):
                 without = {k: v for k, v in said.items() if k != key}
                 bare = [*messages[:number], without, *messages[number + 1 :]]
-                if self.same(row, row | {"messages": bare}):
+                if self.same(row, replace(row, messages=bare)):
                     if number == len(messages) - 1:
                         raise refusal(row, f"turn {number + 1} has {key}, {advice}")
                     left_out = True
         return left_out
 
-    def same(self, row: Row, other: Row) -> bool:
+    def same(self, row: Conversation, other: Conversation) -> bool:
         """Return whether the template makes the same of two rows."""
         return self.render(row, prompt=False) == self.render(other, prompt=False)
 
@@ -417,10 +413,10 @@ class ChatEncoder:
             raise refusal(shown.plain, f"the model's chat template changes text that holds {typed}")
         return text
 
-    def render(self, row: Row, prompt: bool) -> str:
+    def render(self, row: Conversation, prompt: bool) -> str:
         """Return messages in the model's chat template: all of them, or those before the answer."""
-        messages = row["messages"][:-1] if prompt else row["messages"]
-        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        messages = row.messages[:-1] if prompt else row.messages
+        tools = {"tools": row.tools} if row.tools else {}
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -482,7 +478,7 @@ class ChatEncoder:
 
 
 def sequences(
-    tokenizer: PreTrainedTokenizerBase, rows: list[Row], count: int, length: int
+    tokenizer: PreTrainedTokenizerBase, rows: list[Conversation], count: int, length: int
 ) -> list[list[int]]:
     """Pack whole chats end to end into at most `count` rows of `length` tokens."""
     stream: list[int] = []

@@ -14,15 +14,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from stages.core.errors import UserError
-from stages.core.files import read_jsonl
 from stages.core.settings import Finetune
 from stages.text.chats import (
     NOT_LEARNED,
-    Row,
     check_rows,
     training_tokens,
     writes_the_date,
 )
+from stages.text.conversation import Conversation, read_conversations
 
 NAMED = 20  # rows that a warning names; the others are counted
 
@@ -36,7 +35,7 @@ def load_rows(
     """
     # test is checked too, so that evaluate does not fail after the training
     names = ("train", "validation", "test")
-    train, validation, test = (read_jsonl(prepared / f"{name}.jsonl") for name in names)
+    train, validation, test = (read_conversations(prepared / f"{name}.jsonl") for name in names)
     changed = check_rows(tokenizer, [*train, *validation, *test])
     warn("rows with an answer that the chat template shows changed, cut or not at all", changed)
     if writes_the_date(tokenizer):
@@ -49,7 +48,7 @@ def load_rows(
 
 
 def truncate_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: list[Row], name: str, options: Finetune
+    tokenizer: PreTrainedTokenizerBase, rows: list[Conversation], name: str, options: Finetune
 ) -> Dataset:
     """Return rows cut to finetune.max_length; those that keep no answer are left out, and named.
 
@@ -61,11 +60,11 @@ def truncate_rows(
         tokens, labels = training_tokens(tokenizer, row)
         short = {"input_ids": tokens[: options.max_length], "labels": labels[: options.max_length]}
         if all(label == NOT_LEARNED for label in short["labels"][1:]):
-            left_out.append(row["source"])
+            left_out.append(row.source)
             continue
         kept.append(short)
         if len(tokens) > options.max_length:
-            cut.append(row["source"])
+            cut.append(row.source)
     limit = f"finetune.max_length is {options.max_length}"
     if not kept:
         raise UserError(

@@ -1,6 +1,6 @@
 """Read a user's JSON Lines file as conversations, whatever layout its rows have.
 
-    rows = read_conversations(Path("mine.jsonl"), settings.data)
+    rows = import_conversations(Path("mine.jsonl"), settings.data)
 
 Four layouts are known: prompt_response (columns put into templates), messages (OpenAI), sharegpt and alpaca.
 All rows that cannot be used are named in one error, each with its line and the reason; so are rows with a
@@ -17,9 +17,9 @@ from typing import Any
 
 from stages.core.errors import UserError
 from stages.core.settings import Data
+from stages.text.conversation import Conversation, Turn
 
-Row = dict[str, Any]
-Turn = dict[str, str]
+Row = dict[str, Any]  # a line of the file, whatever its columns
 
 SHOWN = 20  # bad rows that are listed; the others are counted
 OWN_TEMPLATES = ("{prompt}", "{response}")  # what conf/data has until a user writes others
@@ -49,20 +49,17 @@ class BadRow(ValueError):
     """One row that cannot be used: the text says why."""
 
 
-def read_conversations(path: Path, data: Data) -> list[Row]:
-    """Return every row as messages, answer, group, fact and source, and tools where it has some.
-
-    Raises `UserError`.
-    """
+def import_conversations(path: Path, data: Data) -> list[Conversation]:
+    """Return every row as a conversation. Raises one `UserError` that names all rows that cannot be used."""
     objects, bad = parse_lines(path)
     if not objects and not bad:
         raise UserError(f"{path} has no rows: bring JSON Lines, one JSON object a line")
-    rows: list[Row] = []
+    rows: list[Conversation] = []
     if objects:
         parse = PARSERS[layout_of(path, objects, data)]
         for number, columns in objects.items():
             try:
-                rows.append(row_of(columns, parse, data) | {"source": f"{path.name}:{number}"})
+                rows.append(conversation_of(columns, parse, data, f"{path.name}:{number}"))
             except BadRow as error:
                 bad[number] = str(error)
     if bad:
@@ -177,7 +174,9 @@ def layout_of(path: Path, objects: dict[int, Row], data: Data) -> str:
     )
 
 
-def row_of(columns: Row, parse: Callable[[Row, Data], list[Turn]], data: Data) -> Row:
+def conversation_of(
+    columns: Row, parse: Callable[[Row, Data], list[Turn]], data: Data, source: str
+) -> Conversation:
     """Return one row's conversation and labels. Raises `BadRow`."""
     messages = with_system(parse(columns, data), columns, data)
     check_order([turn["role"] for turn in messages])
@@ -188,13 +187,14 @@ def row_of(columns: Row, parse: Callable[[Row, Data], list[Turn]], data: Data) -
         kept |= {data.answer_column, data.group_column, data.fact_column}
         refuse_parts(columns, [key for key in OF_A_ROW if key not in kept])
         tools = tools_of(columns)
-    row = {
-        "messages": messages,
-        "answer": None if answer is None else text_of(answer, repr(data.answer_column)),
-        "group": label(columns.get(data.group_column), repr(data.group_column)),
-        "fact": label(columns.get(data.fact_column), repr(data.fact_column)),
-    }
-    return row | ({"tools": tools} if tools else {})
+    return Conversation(
+        messages=messages,
+        answer=None if answer is None else text_of(answer, repr(data.answer_column)),
+        group=label(columns.get(data.group_column), repr(data.group_column)),
+        fact=label(columns.get(data.fact_column), repr(data.fact_column)),
+        tools=tools or None,
+        source=source,
+    )
 
 
 def tools_of(columns: Row) -> list[Row]:
