@@ -1,4 +1,4 @@
-"""Does every family's export answer as PyTorch does? The table of docs/architectures.md.
+"""Does every family's export answer as PyTorch does? The table of docs/models.md.
 
     python -m benchmarks.architectures      # a minute; writes benchmarks/results/architectures.json
 

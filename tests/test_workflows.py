@@ -1,16 +1,20 @@
-"""The workflow and the hooks: pinned, without secrets, and their commands run in a clone."""
+"""The workflows and the hooks: pinned, without secrets, and their commands run in a clone."""
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, Project
 
-WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/review.yml").read_text())
-STEPS = [step for job in WORKFLOW["jobs"].values() for step in job["steps"]]
+FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
+WORKFLOWS = {file.name: yaml.safe_load(file.read_text()) for file in FILES}
+JOBS = [job for workflow in WORKFLOWS.values() for job in workflow["jobs"].values()]
+STEPS = [step for job in JOBS for step in job["steps"]]
 HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def with_venv(project: Project) -> Project:
@@ -25,19 +29,49 @@ def with_venv(project: Project) -> Project:
     return project
 
 
-def test_every_action_is_pinned_to_a_commit():
-    used = [step["uses"] for step in STEPS if "uses" in step]
-    assert used
-    assert [name for name in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", name)] == []
+def test_every_action_is_pinned_to_a_commit_and_says_of_which_version():
+    lines = [line for file in FILES for line in file.read_text().splitlines() if "uses:" in line]
+    pinned = r"\s+- uses: [\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+"
+    assert lines
+    assert [line for line in lines if not re.fullmatch(pinned, line)] == []
 
 
-def test_no_secret_is_needed_and_no_code_of_a_pull_request_runs_with_a_right_to_write():
-    text = (ROOT / ".github/workflows/review.yml").read_text()
-    assert "secrets." not in text
-    assert WORKFLOW["permissions"] == {"contents": "read"}
-    for job in WORKFLOW["jobs"].values():
+def test_an_action_has_the_same_commit_wherever_it_is_used():
+    used = {step["uses"] for step in STEPS if "uses" in step}
+    assert len(used) == len({name.partition("@")[0] for name in used})
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_no_secret_is_needed_and_no_code_of_a_pull_request_runs_with_a_right_to_write(name):
+    workflow = WORKFLOWS[name]
+    assert "secrets." not in (ROOT / ".github/workflows" / name).read_text()
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "pull_request_target" not in workflow[True]  # YAML 1.1 reads the key `on` as true
+    for job in workflow["jobs"].values():
         checks_out = any("checkout" in step.get("uses", "") for step in job["steps"])
         assert not (checks_out and "permissions" in job)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_no_job_runs_for_hours_and_no_workflow_runs_twice_at_once(name):
+    assert "group" in WORKFLOWS[name]["concurrency"]
+    assert all(job["timeout-minutes"] <= 90 for job in WORKFLOWS[name]["jobs"].values())
+
+
+def test_every_python_that_the_project_allows_is_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = WORKFLOWS["ci.yml"]["jobs"]["test"]["strategy"]["matrix"]["python"]
+    minors = [int(version.removeprefix("3.")) for version in pythons]
+    assert project["requires-python"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
+    assert minors == list(range(minors[0], minors[-1] + 1))
+
+
+def test_all_tests_run_in_some_workflow_and_every_make_target_exists():
+    matrix = WORKFLOWS["ci.yml"]["jobs"]["azure"]["strategy"]["matrix"]["target"]
+    run = [step["run"].split()[1] for step in STEPS if step.get("run", "").startswith("make ")]
+    called = {target for target in run if "$" not in target} | {*matrix}
+    assert {target for target in TARGETS if target.startswith("test")} - {"test-fast"} <= called
+    assert called <= {*TARGETS}
 
 
 def test_no_expression_stands_inside_a_script():
@@ -56,6 +90,16 @@ def test_the_review_step_writes_the_pages_and_fails_when_a_gate_does(project, tm
     project.replace("stages/report.py", '"""Collect', '"""Gather')
     project.run("bash", "-e", "-c", script, exits=1)
     assert "Stage report is out of date" in (project.root / "build/review/review.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_weekly_step_passes_where_nothing_runs_and_fails_where_a_stage_does(project):
+    (step,) = [step for step in STEPS if step.get("name") == "a second repro runs nothing"]
+    assert step["shell"] == "bash"  # GitHub runs it with -eo pipefail
+    with_venv(project)
+    project.run("bash", "-eo", "pipefail", "-c", step["run"])
+    project.replace("stages/report.py", '"""Collect', '"""Gather')
+    project.run("bash", "-eo", "pipefail", "-c", step["run"], exits=1)
 
 
 @pytest.mark.slow
