@@ -6,11 +6,15 @@ lab --help
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
 from stages.core.running import be_quiet, one_line_errors
+
+if TYPE_CHECKING:
+    from click import Command, Context, HelpFormatter
 
 COMMANDS = {  # name: where it is, and the first sentence of its help
     "chat": ("lab.models.chat:chat", "Ask the ONNX model."),
@@ -34,8 +38,12 @@ COMMANDS = {  # name: where it is, and the first sentence of its help
     "remote": ("lab.remote.setup:group", "Set up the Azure Blob remote."),
 }
 # square brackets in help texts are meant, a traceback is as Python writes it
-PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-FORWARDING = {  # what dvc takes goes to dvc as it is
+PLAIN: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+}
+FORWARDING: dict[str, dict[str, Any]] = {  # what dvc takes goes to dvc as it is
     "exp": {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}},
     "dvc": {"context_settings": {"ignore_unknown_options": True}, "add_help_option": False},
 }
@@ -44,11 +52,11 @@ FORWARDING = {  # what dvc takes goes to dvc as it is
 class Commands(TyperGroup):
     """Imports the command that is called and no other: together they take two seconds."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.commands = dict.fromkeys(COMMANDS)
+        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[arg-type]  # known by name alone
 
-    def get_command(self, ctx, cmd_name: str):
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
         """Return the command of a name, None where there is none."""
         if cmd_name not in COMMANDS:
             return None
@@ -60,7 +68,7 @@ class Commands(TyperGroup):
         alone.command(name=cmd_name, **FORWARDING.get(cmd_name, {}))(found)
         return typer.main.get_command(alone)
 
-    def format_commands(self, ctx, formatter) -> None:
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Write the list of `lab --help` without importing a command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])

@@ -27,7 +27,7 @@ from stages.core.machine import choice, visible_gpus
 PACKAGES = ("dvc", "dvc-azure", "azure-storage-blob", "olive-ai", "torch", "transformers")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "neon")
-FREE_GIB = 2  # below that, nothing is begun: a run of the default model writes about 1 GiB
+FREE_GIB = 2.0  # below that, nothing is begun: a run of the default model writes about 1 GiB
 SKEW_SECONDS = 300  # Azure refuses a signature that is 15 minutes off
 SAID: set[str] = set()  # one cause can be found by several checks
 HEARD: dict[str, str] = {}  # headers of the remote's answer, which may be a refusal

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,7 +126,7 @@ def values_of(text: str) -> Values:
 
 def in_one_line(error: Exception) -> str:
     """Return the first lines of Hydra's and OmegaConf's messages, which go on with tracebacks."""
-    ours = error
+    ours: BaseException | None = error
     while ours is not None and not isinstance(ours, UserError):
         ours = ours.__cause__ or ours.__context__
     return " ".join(line.strip() for line in str(ours or error).splitlines()[:2])
@@ -143,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -125,7 +125,7 @@ def prompts_of(row: Conversation) -> list[str]:
 
     What `comparable` leaves out does not make another prompt, nor does the system turn.
     """
-    texts = [comparable(turn["content"]) for turn in row.messages if turn["role"] != "system"]
+    texts = [comparable(turn["content"]) or "" for turn in row.messages if turn["role"] != "system"]
     return ["\n".join(texts[:answer]) for answer in range(1, len(texts), 2)]
 
 

@@ -8,7 +8,7 @@ lab cancel NAME
 from __future__ import annotations
 
 from itertools import islice
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,10 @@ from lab.azureml.datastore import Datastore
 from stages.core import azure
 from stages.core.errors import UserError
 from stages.core.settings import load
+
+if TYPE_CHECKING:
+    from azure.ai.ml import MLClient
+    from azure.ai.ml.entities import Job
 
 SHOWN = 20
 
@@ -42,7 +46,7 @@ def jobs(
         print("No jobs yet: lab submit")
 
 
-def line(store: Datastore, job) -> str:
+def line(store: Datastore, job: Job) -> str:
     """Say a job's name, state, parameters and the metrics that have gates."""
     state, tags = submit.word(job.status), job.tags or {}
     what = tags.get("overrides") or tags.get("stages") or "-"
@@ -67,7 +71,7 @@ def cancel(
     print(f"{name} is being canceled: lab jobs shows when it has ended")
 
 
-def find(client, name: str):
+def find(client: MLClient, name: str) -> Job:
     """Return a job by its name. Raises `UserError` where there is none."""
     from azure.core.exceptions import ResourceNotFoundError
 
@@ -78,7 +82,7 @@ def find(client, name: str):
             raise UserError(f"no job {name}: lab jobs lists them") from None
 
 
-def restore_job(client, name: str) -> None:
+def restore_job(client: MLClient, name: str) -> None:
     """Save a finished job's results as an experiment and bring them into the workspace."""
     job = find(client, name)
     state, baseline = submit.word(job.status), (job.tags or {}).get("baseline")

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -62,7 +62,7 @@ def started_from(job: str, baseline: str) -> str:
     return f"refs/lab/{job}" if kept.returncode == 0 else baseline
 
 
-def plumb(environment, *words: str, data: bytes | None = None) -> str:
+def plumb(environment: Mapping[str, str], *words: str, data: bytes | None = None) -> str:
     """Run a git command with an index of its own; return what it printed."""
     done = subprocess.run(["git", *words], env=environment, input=data, capture_output=True)
     if done.returncode:

@@ -82,7 +82,8 @@ def from_environment() -> Workspace | None:
     if any(values) and not all(values):
         missing = [name for name, value in zip(VARIABLES, values, strict=True) if not value]
         raise UserError(f"{' and '.join(missing)} must be set too, to name an Azure ML workspace")
-    return Workspace(*values) if all(values) else None
+    subscription, group, name = (value or "" for value in values)
+    return Workspace(subscription, group, name) if name else None
 
 
 def from_dvc() -> Workspace | None:

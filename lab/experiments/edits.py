@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from stages import params
 from stages.core.errors import UserError
@@ -115,7 +117,7 @@ def write(file: Path, values: Any) -> None:
         _yaml().dump(values, stream)
 
 
-def _null(representer, _: None):
+def _null(representer: RoundTripRepresenter, _: None) -> ScalarNode:
     return representer.represent_scalar("tag:yaml.org,2002:null", "null")
 
 

@@ -66,7 +66,7 @@ def check_form(override: Override) -> None:
 
     `+experiment=quick` adds a group that the defaults have; in `finetune/rank=8` a slash stands for a dot.
     """
-    key, value = override.key_or_group, override.input_line.partition("=")[2]
+    key, value = override.key_or_group, str(override.input_line).partition("=")[2]
     is_group = (CONF / key).is_dir()
     if override.is_add() and not override.is_force_add() and (is_group or has(key)):
         raise UserError(f"-S {override.input_line}: {key} is there already: write -S {key}={value}")

@@ -85,8 +85,13 @@ def lines(rows: list[Row], width: int) -> Iterator[str]:
             commit = commits[1] if row is rows[0] and len(commits) > 1 else row
         yield laid_out(texts, widths)
         changed = " ".join(differences(commit, row))
-        indent = {"initial_indent": "  ", "subsequent_indent": "    "}
-        yield from textwrap.wrap(changed, width, break_long_words=False, **indent)
+        yield from textwrap.wrap(
+            changed,
+            width,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_long_words=False,
+        )
 
 
 def name_of(row: Row) -> str:

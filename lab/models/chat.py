@@ -8,6 +8,7 @@ lab chat --adapter travel=a.onnx_adapter --adapter food=b.onnx_adapter "..."    
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +46,8 @@ def chat(
     if question is not None:
         check_question(question)
     for stream in (sys.stdout, sys.stderr):  # a terminal without emoji shows a ? instead
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if no_adapter and adapter:
         raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
     adapters = {} if no_adapter else parse_adapters(adapter)
@@ -115,7 +117,8 @@ def show(text: str) -> None:
 
 def ask(onnx: Speaker, names: list[str], messages: Messages, max_new_tokens: int) -> None:
     """Print the answer of every adapter, named where there are several, or of the base model."""
-    for name in names or [None]:
+    adapters: list[str | None] = [*names] or [None]
+    for name in adapters:
         if len(names) > 1:
             print(f"[{name}] ", end="")
         onnx.say(messages, name, max_new_tokens)

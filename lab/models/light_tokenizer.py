@@ -12,11 +12,14 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import UserError
 
 if TYPE_CHECKING:
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
     from jinja2 import Template
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -61,7 +64,7 @@ class LightTokenizer:
         """Return the text of messages in a chat template, by default the model's own."""
         if tokenize:
             raise NotImplementedError("stages.text.chats encodes the text itself")
-        template = chat_template or self.chat_template
+        template = chat_template or self.chat_template or ""
         if template not in self._compiled:
             self._compiled[template] = compiled(template)
         return self._compiled[template].render(
@@ -98,7 +101,13 @@ def compiled(template: str) -> Template:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         # Jinja's own filter would escape < and >
         return json.dumps(
             value,
@@ -117,15 +126,15 @@ def compiled(template: str) -> Template:
     return environment.from_string(template)
 
 
-def generation_tag():
+def generation_tag() -> type[Extension]:
     """Return the extension for {% generation %}, which marks answers and renders what is in it."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
-        def parse(self, parser):
+        def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return nodes.Scope(body).set_lineno(line)

@@ -75,7 +75,7 @@ def find_problems() -> list[str]:
 
 def prepare(problems: list[str]) -> Release:
     """Gather the files and what is said of them."""
-    files = {}
+    files: dict[str, Path] = {}
     for folder in FOLDERS:
         found = sorted(f for f in Path("models", folder).rglob("*") if f.is_file())
         if not found:

@@ -24,7 +24,7 @@ def need_answer(url: str, remote: object) -> None:
         way = f" (the proxy of {target.scheme.upper()}_PROXY; NO_PROXY={target.hostname} goes round it)"
         target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     port = target.port or {"https": 443}.get(target.scheme, 80)
-    why = with_timeout(TIMEOUT, lambda: why_unreachable(target.hostname, port))
+    why = with_timeout(TIMEOUT, lambda: why_unreachable(target.hostname or "", port))
     if why != "":
         raise UserError((why or f"{remote} does not answer: {CHECK_NETWORK}") + way)
 

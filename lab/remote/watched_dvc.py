@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -63,7 +63,7 @@ class Traffic(threading.Thread):
         self.start()
         return self
 
-    def count(self, request, response) -> None:
+    def count(self, request: Any, response: Any) -> None:
         """Note an answered request and its bytes."""
         self.alive = time.monotonic()
         self.requests += 1

@@ -23,8 +23,9 @@ class Metric:
     @property
     def change(self) -> float | None:
         """The difference, None where one side lacks the metric."""
-        missing = self.before is None or self.after is None
-        return None if missing else round(self.after - self.before, 6)
+        if self.before is None or self.after is None:
+            return None
+        return round(self.after - self.before, 6)
 
     @property
     def worse(self) -> bool:

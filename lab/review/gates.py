@@ -44,14 +44,16 @@ def verdict(
         return Verdict(name, False, f"{after:g} is above the maximum {gate.maximum:g}")
     if gate.regression is None or before is None:
         return Verdict(name, True, kept(gate))
-    return regression(name, gate, worsening(name, before, after), interval)
+    return regression(name, gate.regression, worsening(name, before, after), interval, kept(gate))
 
 
-def regression(name: str, gate: Gate, worse: float, interval: Interval | None) -> Verdict:
+def regression(
+    name: str, allowed: float, worse: float, interval: Interval | None, limits: str
+) -> Verdict:
     """Judge how much worse a metric became."""
-    if worse <= gate.regression:
-        return Verdict(name, True, kept(gate))
-    text = f"worse by {worse:.4g}, {gate.regression:g} allowed"
+    if worse <= allowed:
+        return Verdict(name, True, limits)
+    text = f"worse by {worse:.4g}, {allowed:g} allowed"
     if interval and interval[0] <= 0 <= interval[1]:
         return Verdict(name, True, f"{text}, but noise could explain it")
     return Verdict(name, False, text)

@@ -81,7 +81,7 @@ class Revision:
         except (ValueError, yaml.YAMLError) as error:
             raise self.unreadable(path, f"is unreadable ({_in_one_line(error)})") from None
         if not isinstance(value, kind):
-            kinds = {dict: "a mapping", list: "a list of rows"}
+            kinds: dict[type, str] = {dict: "a mapping", list: "a list of rows"}
             raise self.unreadable(path, f"is unreadable (it must hold {kinds[kind]})")
         return value
 

@@ -162,7 +162,7 @@ def check_names(tensors: dict[str, np.ndarray], folder: Path) -> None:
 def rank_and_scaling(module: str, config: dict) -> tuple[int, float]:
     """Return a module's rank, and alpha / rank or alpha / √rank; patterns may give it values of its own."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = matching(ranks, module, config["r"])
+    rank = int(matching(ranks, module, config["r"]))
     alpha = matching(alphas, module, config["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -54,7 +54,9 @@ def measure(folder: str, adapter: str | None, job: dict) -> dict[str, float]:
     }
 
 
-def time_one(model, adapter: str | None, prompt: list[int], new_tokens: int):
+def time_one(
+    model: OnnxModel, adapter: str | None, prompt: list[int], new_tokens: int
+) -> tuple[float, list[float]]:
     """Return the seconds to the first token, and between each of the next ones."""
     generator = model.generator(len(prompt) + new_tokens, adapter, to_the_end=True)
     started = time.perf_counter()
@@ -68,5 +70,5 @@ def time_one(model, adapter: str | None, prompt: list[int], new_tokens: int):
 
 
 if __name__ == "__main__":
-    arguments = [*sys.argv[1:], None]
-    print(json.dumps(measure(arguments[0], arguments[1], json.load(sys.stdin))))
+    adapter_file = sys.argv[2] if len(sys.argv) > 2 else None
+    print(json.dumps(measure(sys.argv[1], adapter_file, json.load(sys.stdin))))

@@ -9,7 +9,6 @@ Without adapters model.onnx runs, at full speed; with adapters its twin lora.onn
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import onnxruntime
 import psutil
 
 from stages.core.errors import UserError
+from stages.core.machine import usable_cores
 
 if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
     onnxruntime.preload_dlls()  # CUDA's libraries lie in Python packages, where no loader looks
@@ -32,13 +32,13 @@ DAMAGED = (
 )
 
 
-def cores() -> int:
+def physical_cores() -> int:
     """Return the number of physical cores that this process may use.
 
     ONNX Runtime's own count reads the processor's topology, which virtual machines often hide: it
     then decodes on one core of two.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = usable_cores()
     return min(psutil.cpu_count(logical=False) or usable, usable)
 
 
@@ -47,7 +47,7 @@ def open_model(folder: Path, graph: str) -> og.Model:
     if not (folder / "genai_config.json").is_file() or not (folder / graph).is_file():
         raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
     refuse_links(folder)
-    decoder = {"filename": graph, "session_options": {"intra_op_num_threads": cores()}}
+    decoder = {"filename": graph, "session_options": {"intra_op_num_threads": physical_cores()}}
     try:
         config = og.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": decoder}}))
@@ -96,9 +96,10 @@ class OnnxModel:
         self.rope_switch = read_limits(folder)["rope_switch"]
         ends = config["eos_token_id"]  # one, or several: any of them ends an answer
         self.ends = set(ends) if isinstance(ends, list) else {ends}
-        self._adapters = og.Adapters(self.model) if adapters else None
-        for name, file in (adapters or {}).items():
-            self._load(name, Path(file))
+        if adapters:
+            self._adapters = og.Adapters(self.model)
+            for name, file in adapters.items():
+                self._load(name, Path(file))
 
     def _load(self, name: str, file: Path) -> None:
         if not file.is_file():
@@ -194,8 +195,10 @@ class OnnxModel:
         end = prompt + new_tokens
         if new_tokens == 0:
             return []
-        crosses = self.rope_switch is not None and prompt <= self.rope_switch < end - 1
-        return [self.rope_switch + 1, end] if crosses else [end]
+        switch = self.rope_switch
+        if switch is None or not prompt <= switch < end - 1:
+            return [end]
+        return [switch + 1, end]
 
     def generate(
         self, prompt: list[int], max_new_tokens: int, adapter: str | None = None

@@ -72,7 +72,7 @@ def answer_logits(
     ]
 
 
-def logits_as_written(model, row: torch.Tensor, rope_switch: int) -> torch.Tensor:
+def logits_as_written(model: torch.nn.Module, row: torch.Tensor, rope_switch: int) -> torch.Tensor:
     """Return a longrope model's logits, [tokens, vocabulary], as it has them while it writes the row.
 
     Up to the switch, in tokens, a text is turned by the short factors; one longer than that, all of it, by
@@ -97,7 +97,7 @@ def first_divergence(logits: torch.Tensor, answer: list[int]) -> Parity:
 
 
 @torch.no_grad()
-def perplexity(model, tokens: list[int]) -> float:
+def perplexity(model: torch.nn.Module, tokens: list[int]) -> float:
     """Return PyTorch's perplexity on a text."""
     row = torch.tensor(tokens, device=model.device)
     logits = model(row[None], use_cache=False).logits[0].float()

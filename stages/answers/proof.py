@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 import torch
 from peft import PeftModel
+from transformers import PretrainedConfig
 
 from stages.answers.generation import OnnxModel, plain
 from stages.core.errors import UserError
@@ -103,7 +104,7 @@ def reference_dtype() -> torch.dtype:
     return fast_dtype() if device() == "cuda" else torch.float32
 
 
-def places_in(config) -> list[int]:
+def places_in(config: PretrainedConfig) -> list[int]:
     """Return after how many tokens to compare: a few, some, many."""
     longest = min(LONGEST[device()], config.max_position_embeddings - 1)
     return sorted({min(8, longest), longest // 4 or 1, longest})

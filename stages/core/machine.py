@@ -49,11 +49,17 @@ def choice(gpus: list[str]) -> str:
 
 def machine() -> str:
     """Name the processor, the cores that this process may use, and the GPU if it has used one."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [processor(), f"{usable} cores"]
+    parts = [processor(), f"{usable_cores()} cores"]
     if used_gpu():
         parts.append(sys.modules["torch"].cuda.get_device_name())
     return ", ".join(parts)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def used_gpu() -> bool:

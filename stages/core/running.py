@@ -93,8 +93,9 @@ def what_ran_out(error: Exception) -> str | None:
 
 def what_is_forbidden(error: Exception) -> str | None:
     """Say which file this user may not read or write; None where it was something else."""
-    forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
-    if not forbidden or error.filename is None:
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return None
     return f"{error.filename}: {error.strerror}: whose is it? this user has to read and write it"
 

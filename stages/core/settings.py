@@ -23,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
 from stages.core.conf import digest
@@ -218,10 +219,10 @@ class Gate(Section):
 
     @model_validator(mode="after")
     def asks_for_something_possible(self) -> Gate:
-        limits = (self.minimum, self.maximum)
-        if None not in limits and self.minimum > self.maximum:
+        low, high = self.minimum, self.maximum
+        if low is not None and high is not None and low > high:
             raise ValueError("minimum must not be above maximum")
-        if limits == (None, None) and self.regression is None:
+        if low is None and high is None and self.regression is None:
             raise ValueError("must have a minimum, a maximum or a regression")
         return self
 
@@ -276,7 +277,7 @@ def load_current(path: Path = PARAMS) -> Settings:
     return settings
 
 
-def validate(values: dict[str, Any]) -> Settings:
+def validate(values: Any) -> Settings:
     """Turn the composed configuration into `Settings`. Raises `UserError` for the first bad keys."""
     try:
         return Settings.model_validate(values)
@@ -284,7 +285,7 @@ def validate(values: dict[str, Any]) -> Settings:
         raise UserError("; ".join(map(_describe, error.errors()[:3]))) from None
 
 
-def _describe(error: dict[str, Any]) -> str:
+def _describe(error: ErrorDetails) -> str:
     """Say one of pydantic's errors as a user would: key, value, what is allowed."""
     where = [str(part) for part in error["loc"]]
     if where[:2] == ["model", "source"]:  # pydantic puts the kind of source between the keys

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from olive.hardware.constants import ExecutionProvider
@@ -51,7 +52,9 @@ class GenaiBuilder(Pass):
             )
         }
 
-    def _run_for_config(self, model: HfModelHandler, config, output_model_path):
+    def _run_for_config(
+        self, model: HfModelHandler, config: Any, output_model_path: str
+    ) -> ONNXModelHandler:
         folder, source = Path(output_model_path), Path(model.model_path)
         on_cuda = (
             self.accelerator_spec.execution_provider == ExecutionProvider.CUDAExecutionProvider

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -55,7 +56,9 @@ class LoraGraph(Pass):
             ),
         }
 
-    def _run_for_config(self, model: ONNXModelHandler, config, output_model_path):
+    def _run_for_config(
+        self, model: ONNXModelHandler, config: Any, output_model_path: str
+    ) -> ONNXModelHandler:
         source, folder = Path(model.model_path), Path(output_model_path)
         if source.parent.resolve() != folder.resolve():
             shutil.copytree(source.parent, folder, dirs_exist_ok=True)
@@ -71,10 +74,10 @@ class LoraGraph(Pass):
 
 def add_inputs(graph: ir.Graph, targets: list[str] | None, form: str) -> None:
     """Put a site for A and B behind every targeted projection, in place."""
-    projections = [node for node in graph if module_of(node)]
-    nodes = [node for node in projections if is_targeted(module_of(node), targets)]
+    modules = {node: module for node in graph if (module := module_of(node))}
+    nodes = [node for node, module in modules.items() if is_targeted(module, targets)]
     if not nodes:
-        leaves = sorted({module_of(node).rpartition(".")[2] for node in projections})
+        leaves = sorted({module.rpartition(".")[2] for module in modules.values()})
         raise UserError(
             f"finetune.target_modules is {targets}, none of which is in the graph: "
             f"must be some of {', '.join(leaves)}"
@@ -239,7 +242,7 @@ def constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
 
 
 def make(
-    operator: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, **attributes
+    operator: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, **attributes: Any
 ) -> ir.Node:
     """Return a node with one output of a known element type."""
     node = ir.node(operator, inputs, attributes, name=name)

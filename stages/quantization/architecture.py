@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from stages.core.settings import Quantize
 
@@ -49,7 +50,7 @@ class LinearGroup:
             self.producer.bias[self.first_row :].div_(scales.to(weight.dtype))
 
 
-def projections(config) -> dict[str, str]:
+def projections(config: PretrainedConfig) -> dict[str, str]:
     """Return the linears of a decoder layer by name, with the block that holds each."""
     fused = config.model_type == "phi3"
     attention = ["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"]
@@ -58,11 +59,13 @@ def projections(config) -> dict[str, str]:
     return {name: block for block, names in blocks.items() for name in names}
 
 
-def linear_groups(layer: nn.Module, config) -> list[LinearGroup]:
+def linear_groups(layer: nn.Module, config: PretrainedConfig) -> list[LinearGroup]:
     """Return the groups of one decoder layer in forward order."""
     attention, mlp = layer.self_attn, layer.mlp
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     repeat = config.num_attention_heads // config.num_key_value_heads
+    inputs: tuple[nn.Linear, ...]
+    gates: tuple[nn.Linear, ...]
     if hasattr(attention, "qkv_proj"):  # Phi-3: fused projections
         inputs, value = (attention.qkv_proj,), attention.qkv_proj
         gates, up = (mlp.gate_up_proj,), mlp.gate_up_proj
@@ -80,9 +83,12 @@ def linear_groups(layer: nn.Module, config) -> list[LinearGroup]:
     ]
 
 
-def bits_by_module(options: Quantize, config) -> dict[str, int]:
+def bits_by_module(options: Quantize, config: PretrainedConfig) -> dict[str, int]:
     """Return the bits, by name, of the modules that do not follow quantize.bits."""
-    bits = {"lm_head": options.lm_head_bits, "model.embed_tokens": options.embedding_bits}
+    bits: dict[str, int] = {
+        "lm_head": options.lm_head_bits,
+        "model.embed_tokens": options.embedding_bits,
+    }
     for module in options.eight_bit_modules:
         for layer in range(config.num_hidden_layers):
             bits[f"model.layers.{layer}.{projections(config)[module]}.{module}"] = 8

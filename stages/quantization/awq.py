@@ -46,14 +46,14 @@ class Awq(Pass):
     def _run_for_config(self, model, config, output_model_path):
         wrapper, quantization, retie = prepare_model(model, config)
         tokens = load_file(config.calibration)["tokens"]
-        balance_layers(wrapper.model, tokens, config)
+        balance_layers(wrapper.model, tokens, config.scale_grid)
         wrapper.model.float()  # what is left to pack, so that scales are float32 everywhere
         return finalize(
             model, output_model_path, wrapper, quantization, device(), retie_word_embeddings=retie
         )
 
 
-def balance_layers(model: nn.Module, tokens: torch.Tensor, config) -> None:
+def balance_layers(model: nn.Module, tokens: torch.Tensor, scale_grid: int) -> None:
     """Scale, round and pack every decoder layer in place, in forward order.
 
     Each layer is calibrated on what float layers before it give: on rounded ones' outputs every layer would
@@ -66,20 +66,20 @@ def balance_layers(model: nn.Module, tokens: torch.Tensor, config) -> None:
         layer.to(device()).float()
         groups = linear_groups(layer, model.config)
         hidden, grams = run_and_watch(layer, groups, hidden, given)
-        grams = [balance(group, gram, config) for group, gram in zip(groups, grams, strict=True)]
+        grams = [
+            balance(group, gram, scale_grid) for group, gram in zip(groups, grams, strict=True)
+        ]
         # folding is over, so weights may be rounded
         for group, gram in zip(groups, grams, strict=True):
             round_and_pack(layer, group, gram)
         layer.to("cpu")
 
 
-def balance(group: LinearGroup, gram: torch.Tensor, config) -> torch.Tensor:
+def balance(group: LinearGroup, gram: torch.Tensor, scale_grid: int) -> torch.Tensor:
     """Search and fold the scales of one group of linears; return the Gram matrix of the new inputs."""
     weights = [linear.weight.float() for linear in group.consumers]
     grid = grid_of(group.consumers[0])
-    scales = search_scales(
-        weights, gram, grid, config.scale_grid, tie=group.gather, spread=group.spread
-    )
+    scales = search_scales(weights, gram, grid, scale_grid, tie=group.gather, spread=group.spread)
     group.fold(scales)
     spread = group.spread(scales)
     return gram / torch.outer(spread, spread)

@@ -6,6 +6,7 @@ tokens = calibration_set(base, rows, settings.quantize)      # rows of data/prep
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -44,7 +45,13 @@ def self_text(base: Path, count: int, length: int, seed: int) -> torch.Tensor:
     tokens, nobodys = torch.tensor(sorted(known)), sorted(rows - known)
     set_seed(seed)
     first = tokens[torch.randint(len(tokens), (4 * count, 1))].to(model.device)
-    words = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+    words: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "pad_token_id": 0,
+    }
     words |= {"suppress_tokens": nobodys} if nobodys else {}
     words |= dict.fromkeys(("min_new_tokens", "max_new_tokens"), length // 4 - 1)
     written = [

@@ -14,6 +14,8 @@ import torch
 
 from stages.quantization.scale_search import Grid
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 # of H's mean diagonal: keeps H⁻¹ tame where calibration saw few tokens. Of RTN's loss on prose, 0.1 recovered
 # 67 to 76 % with 16 sequences (four draws of the model's own text), 0.02 66 to 72 % (six)
 DAMPING = 0.1
@@ -60,6 +62,7 @@ def factorize(gram: torch.Tensor, group_size: int) -> Factor:
 def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     """Return U, upper triangular with H⁻¹ = UᵀU, for a Gram matrix H, [in, in], in float32."""
     mean = gram.diagonal().mean()
+    # only H's shape matters, not its scale: with a mean diagonal of 1, DAMPING and float32 suit every layer
     damped = gram / mean.clamp(min=1e-12)
     damped = damped + DAMPING * torch.eye(len(gram), device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -70,36 +73,45 @@ def compensate(weight: torch.Tensor, factor: Factor, grid: Grid) -> Rounded:
     """Round a weight, [out, in], by the factor of its inputs; the inputs' scale does not matter."""
     order, upper = factor.order, factor.upper
     rest = weight.T[order]  # a column is a row here: contiguous in memory
-    rounded, steps, zeros = torch.empty_like(rest), [], []
+    rounded, ranges = torch.empty_like(rest), []
     for start in range(0, len(rest), grid.group_size):
         here, later = slice(start, start + grid.group_size), slice(start + grid.group_size, None)
         block, corner = rest[here], upper[here, here]
+        # U[j,j]² is what is left of column j's variance once the later columns are known, so an error there
+        # costs its inverse
         step, zero = find_range(block, corner.diagonal()[:, None] ** -2, grid)
         rounded[here], error = round_block(block, corner, step, zero, grid.top)
+        # the later columns make up for this group's errors in one product, not column by column
         rest[later] -= upper[here, later].T @ error
-        steps.append(step)
-        zeros.append(zero)
+        ranges.append((step, zero))
+    # columns and groups go back to where the packed layout wants them
     back, groups = order.argsort(), (order[:: grid.group_size] // grid.group_size).argsort()
-    steps, zeros = torch.stack(steps, 1)[:, groups], torch.stack(zeros, 1)[:, groups]
+    steps, zeros = (torch.stack(parts, 1)[:, groups] for parts in zip(*ranges, strict=True))
     return Rounded(rounded[back].T.contiguous(), steps, zeros)
 
 
-def find_range(block: torch.Tensor, cost: torch.Tensor, grid: Grid):
-    """Return step and zero point, [out] each, of one group, [group_size, out]; cost, [group_size, 1]."""
-    low, high, best = block.amin(0), block.amax(0), None
+def find_range(block: torch.Tensor, cost: torch.Tensor, grid: Grid) -> Pair:
+    """Return step and zero point, [out] each, of one group, [group_size, out]; cost, [group_size, 1].
+
+    A narrower range clips the outermost weights and gives all others a finer step. Which is better differs
+    from row to row, so every row keeps the best of SHRINKS.
+    """
+    low, high = block.amin(0), block.amax(0)
+    step, zero = grid.range(low, high)
+    least = torch.full_like(step, torch.inf)
     for shrink_low, shrink_high in SHRINKS:
-        step, zero = grid.range(low * shrink_low, high * shrink_high)
-        error = grid.round_to(block, step, zero).sub_(block).square_().mul_(cost).sum(0)
-        tried = (error, step, zero)
-        if best is None:
-            best = tried
-            continue
-        better = error < best[0]
-        best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
-    return best[1], best[2]
+        tried_step, tried_zero = grid.range(low * shrink_low, high * shrink_high)
+        error = grid.round_to(block, tried_step, tried_zero).sub_(block).square_().mul_(cost).sum(0)
+        better = error < least
+        least = torch.where(better, error, least)
+        step = torch.where(better, tried_step, step)
+        zero = torch.where(better, tried_zero, zero)
+    return step, zero
 
 
-def round_block(block, upper, step, zero, top: int):
+def round_block(
+    block: torch.Tensor, upper: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, top: int
+) -> Pair:
     """Return one group rounded and its errors for the columns behind it, [group_size, out] both.
 
     On CUDA one kernel does it: launched one by one, the small kernels of the loop wait for Python.
@@ -112,12 +124,15 @@ def round_block(block, upper, step, zero, top: int):
     return round_columns(block.clone(), upper, step, zero, top)
 
 
-def round_columns(block, upper, step, zero, top: int):
+def round_columns(
+    block: torch.Tensor, upper: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, top: int
+) -> Pair:
     """Round a group's columns one by one; `block` is used up."""
     rounded, error = torch.empty_like(block), torch.empty_like(block)
     for j in range(len(block)):
         column = (block[j] / step).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(step)
         rounded[j] = column
         error[j] = (block[j] - column) / upper[j, j]
+        # w[k] -= e·U[j,k]/U[j,j] for this column's successors in the group, and for itself, which is done
         block[j:].addr_(upper[j, j:], error[j], alpha=-1)
     return rounded, error

@@ -16,7 +16,7 @@ HALF_TO_EVEN = tl.constexpr(1.5 * 2**23)
 
 
 @triton.jit
-def round_tile(
+def round_tile(  # type: ignore[no-untyped-def]  # Triton reads pointers and constants, no types
     block, factor, step, zero, rounded, error, rows, top, SIZE: tl.constexpr, TILE: tl.constexpr
 ):
     """Round the columns of TILE rows of block, [SIZE, rows]; write them and their errors."""
@@ -37,7 +37,9 @@ def round_tile(
         tl.store(error + j * rows + row, missed, mask=inside)
 
 
-def round_columns_at_once(block, upper, step, zero, top: int):
+def round_columns_at_once(
+    block: torch.Tensor, upper: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return one group rounded and its errors, [size, rows] both; float32 on CUDA, size a power of two."""
     size, rows = block.shape
     block, upper = block.contiguous(), upper.contiguous()  # a factor's columns lie together

@@ -11,11 +11,14 @@ so one pass over the calibration set gives all that the search needs, whatever t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from stages.weights.hardware import fast_dtype
+
+Mapping = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Grid:
         middle = torch.full_like(step, 2 ** (self.bits - 1))
         return step, middle if self.symmetric else (-low / step).round_()
 
-    def round_to(self, weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor):
+    def round_to(
+        self, weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor
+    ) -> torch.Tensor:
         """Return weights rounded to a grid, in a new tensor."""
         integers = (weight / step).add_(zero).round_().clamp_(0, self.top)
         return integers.sub_(zero).mul_(step)
@@ -72,8 +77,8 @@ def search_scales(
     gram: torch.Tensor,
     grid: Grid,
     steps: int,
-    tie=lambda channels: channels,
-    spread=lambda channels: channels,
+    tie: Mapping = lambda channels: channels,
+    spread: Mapping = lambda channels: channels,
 ) -> torch.Tensor:
     """Return the input-channel scales, [produced], under which the weights round with least error.
 
@@ -88,6 +93,7 @@ def search_scales(
     best_error, best = None, torch.ones_like(inputs)
     for step in range(steps):
         exponent = step / steps
+        # by the inputs alone, and by inputs against weights: which is better differs from layer to layer
         for other in (1.0, magnitudes.pow(1 - exponent)):
             scales = centred(inputs.pow(exponent) / other)
             error = sum(scaled_error(w, fast_gram, spread(scales), grid) for w in weights)
@@ -101,7 +107,9 @@ def some_rows(weight: torch.Tensor, count: int = 256) -> torch.Tensor:
     return weight[:: max(1, weight.shape[0] // count)]
 
 
-def scaled_error(weight, gram, scales, grid: Grid) -> torch.Tensor:
+def scaled_error(
+    weight: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, grid: Grid
+) -> torch.Tensor:
     """Return the output error of a weight, [out, in], that is rounded after scaling its inputs."""
     scaled = weight * scales
     return output_error(grid.round(scaled).sub_(scaled).div_(scales), gram)

@@ -10,6 +10,7 @@ metric that `evaluate` would have written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def ratio(name: str, above: np.ndarray, below: np.ndarray) -> float:
     return round(float(finish(plain, value)), DIGITS.get(plain, 4))
 
 
-def finish(name: str, value: np.ndarray | float) -> np.ndarray | float:
+def finish(name: str, value: Any) -> Any:
     """Turn a mean, or an array of them, into the metric: a perplexity is the exponential of one."""
     return np.exp(value) if name.startswith("answer_perplexity") else value
 

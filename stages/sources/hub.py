@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from stages.core.errors import UserError
 from stages.core.settings import (
@@ -18,7 +19,11 @@ def from_hub(source: HubSource, folder: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError
 
-    where = {"revision": source.revision, "local_dir": folder, "ignore_patterns": ["*/*"]}
+    where: dict[str, Any] = {
+        "revision": source.revision,
+        "local_dir": folder,
+        "ignore_patterns": ["*/*"],
+    }
     try:
         snapshot_download(source.repo_id, allow_patterns=TEXT_FILES, **where)
         own = headers.names_of_files(folder)

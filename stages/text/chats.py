@@ -31,7 +31,7 @@ from stages.core.errors import UserError
 from stages.text.conversation import Conversation, Turn
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 NOT_LEARNED = -100  # the label that cross entropy leaves out
@@ -441,7 +441,7 @@ class ChatEncoder:
         text = self.control.sub(lambda match: self.own_names[match[0]], text)
         return shown.revealed(text), True
 
-    def encode(self, text: str, disarmed: bool = False):
+    def encode(self, text: str, disarmed: bool = False) -> Encoding:
         """Return the encoding (ids, offsets) of a rendered text."""
         core = self.disarmed if disarmed else self.core
         core.no_truncation()  # these three: what a tokenizer.json or an earlier call may have left on

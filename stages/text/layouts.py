@@ -180,21 +180,26 @@ def conversation_of(
     """Return one row's conversation and labels. Raises `BadRow`."""
     messages = with_system(parse(columns, data), columns, data)
     check_order([turn["role"] for turn in messages])
-    answer = columns.get(data.answer_column)
+    answer = named(columns, data.answer_column)
     tools = None
     if (data.prompt, data.response) == OWN_TEMPLATES:  # others name the columns that count
-        kept = {"history"} if parse is from_alpaca else set()
-        kept |= {data.answer_column, data.group_column, data.fact_column}
+        kept = {data.answer_column, data.group_column, data.fact_column}
+        kept |= {"history"} if parse is from_alpaca else set()
         refuse_parts(columns, [key for key in OF_A_ROW if key not in kept])
         tools = tools_of(columns)
     return Conversation(
         messages=messages,
         answer=None if answer is None else text_of(answer, repr(data.answer_column)),
-        group=label(columns.get(data.group_column), repr(data.group_column)),
-        fact=label(columns.get(data.fact_column), repr(data.fact_column)),
+        group=label(named(columns, data.group_column), repr(data.group_column)),
+        fact=label(named(columns, data.fact_column), repr(data.fact_column)),
         tools=tools or None,
         source=source,
     )
+
+
+def named(columns: Row, column: str | None) -> Any:
+    """Return what stands in the column that a setting names, None where it names none."""
+    return None if column is None else columns.get(column)
 
 
 def tools_of(columns: Row) -> list[Row]:
@@ -376,4 +381,5 @@ def kind_of(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, int | float):
         return f"the number {str(value)[:20]}"
-    return {str: "a text", list: "a list", dict: "an object"}[type(value)]
+    kinds: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    return kinds[type(value)]

@@ -8,6 +8,8 @@ for Python to launch them: on an H100 that is half of a training step. LoRA: arX
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch.nn.functional import linear
@@ -27,7 +29,7 @@ def fuse_products(model: torch.nn.Module) -> None:
 class FusedLinear(PeftLinear):
     """PEFT's layer around one adapter called default, with `_LoraProduct` for its product."""
 
-    def forward(self, inputs: torch.Tensor, *_, **__) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Return the adapted product, [..., out], in the base weight's dtype."""
         down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
         return _LoraProduct.apply(inputs, down, up, self.base_layer, self.scaling["default"])

@@ -9,6 +9,8 @@ of computing and then masking it: 4 rows of 1024 tokens cost a quarter of one ro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -28,7 +30,14 @@ def boundaries(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
 
 
 def attend(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return causal attention within each row, [1, tokens, heads, head size], as transformers calls it."""
     ends, longest = kwargs["row_ends"], kwargs["longest_row"]

@@ -10,13 +10,14 @@ look back on it: the same loss and gradients, for a third fewer tokens.
 from __future__ import annotations
 
 import torch
+from transformers import PretrainedConfig
 
 from stages.text.chats import NOT_LEARNED
 
 Inputs = dict[str, torch.Tensor]
 
 
-def share_opening(inputs: Inputs, config) -> Inputs:
+def share_opening(inputs: Inputs, config: PretrainedConfig) -> Inputs:
     """Return packed rows, each value [1, tokens], without the later rows' openings, and their mask.
 
     The mask, [1, 1, tokens, tokens], is added to attention scores. Where a row is longer than the attention

@@ -12,7 +12,12 @@ import torch
 from olive.common.quant.hf_utils import OliveHfQuantizationConfig
 from olive.common.quant.utils import WeightQuantizer, unpack_from_uint8
 from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
 
 from stages.core.errors import UserError
 from stages.weights.hardware import device
@@ -57,13 +62,15 @@ def load_packed(folder: str | Path, dtype: torch.dtype) -> torch.nn.Module:
     return materialise(model, weights, dtype)
 
 
-def empty_model(config) -> torch.nn.Module:
+def empty_model(config: PretrainedConfig) -> torch.nn.Module:
     """Return the model without values: its weights are read next, and initialising takes longer."""
     with torch.device("meta"):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
-def materialise(model: torch.nn.Module, weights: dict[str, torch.Tensor], dtype) -> torch.nn.Module:
+def materialise(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> torch.nn.Module:
     """Give an empty model its weights, and its rotary embedding the values that it computes."""
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
@@ -103,7 +110,9 @@ def dequantize_all(
     return weights
 
 
-def dequantize(packed: dict[str, torch.Tensor], module: str, quantizer: WeightQuantizer):
+def dequantize(
+    packed: dict[str, torch.Tensor], module: str, quantizer: WeightQuantizer
+) -> torch.Tensor:
     """Return one module's weight, [out, in], from its packed integers, scales and zero points."""
     qweight, scales = packed[f"{module}.qweight"], packed[f"{module}.scales"]
     shape = (qweight.shape[0], qweight.shape[1] * 8 // quantizer.bits)

@@ -12,7 +12,15 @@ class PackedLinear(torch.nn.Linear):
     It is a `torch.nn.Linear` so that PEFT adapts it, without the weight that such a module has.
     """
 
-    def __init__(self, quantizer: WeightQuantizer, dtype, qweight, scales, qzeros, bias):
+    def __init__(
+        self,
+        quantizer: WeightQuantizer,
+        dtype: torch.dtype,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        qzeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ):
         torch.nn.Module.__init__(self)
         self.quantizer, self.dtype = quantizer, dtype
         self.out_features = qweight.shape[0]
