@@ -59,13 +59,13 @@ def test_an_answer_across_a_change_of_rotation_is_read_as_it_was_written(tmp_pat
         assert parity.first_divergence(logits, row["adapter"]["tokens"]) == {"identical": True}
 
 
-def test_the_share_and_the_widest_gap_cover_all_answers(finished, model, answer, monkeypatch):
-    monkeypatch.chdir(finished.root)
+def test_the_share_and_the_widest_gap_cover_all_answers(finished, model, answer):
     predictions = [
         {"prompt": PROMPT, "adapter": {"tokens": tokens}}
         for tokens in (diverging(answer, 1), answer[:3])
     ]
-    found = parity.compare(predictions, PROMPT * 4, batch_size=2)
+    folders = [finished.root / folder for folder in ("models/quantized", "models/adapter")]
+    found = parity.compare(*folders, predictions, PROMPT * 4, batch_size=2)
     assert found["widest_divergence"] == predictions[0]["parity"]["logit_gap"] > 0
     assert found["identical_answers"] in (0.0, 0.5)  # the adapter may change the short answer
     assert found["long_prompt_perplexity_torch"] > 1
