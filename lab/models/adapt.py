@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 
 from stages.adapters.convert import convert
+from stages.adapters.lora_inputs import BASE, load_graph
 from stages.adapters.peft_adapter import read_config
 from stages.core.errors import UserError
-from stages.adapters.lora_inputs import BASE, load_graph
 from stages.core.files import in_megabytes, size_of, written_beside
 
 

@@ -3,8 +3,9 @@
     tokenizer = LightTokenizer("models/onnx")
     tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
 
-It has those methods of transformers' tokenizers that `stages.text.chats` calls, and gives the same ids and texts:
-the tokens by the same Rust library from the same tokenizer.json, the template by the same sandbox of Jinja.
+It has those methods of transformers' tokenizers that stages.text.chats calls, and gives the same ids and
+texts: the tokens by the same Rust library from the same tokenizer.json, the template by the same sandbox of
+Jinja.
 """
 
 from __future__ import annotations
