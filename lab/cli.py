@@ -6,15 +6,12 @@ lab --help
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from stages.core.running import be_quiet, one_line_errors
-
-if TYPE_CHECKING:
-    from click import Command, Context, HelpFormatter
 
 COMMANDS = {  # name: where it is, and the first sentence of its help
     "chat": ("lab.models.chat:chat", "Ask the ONNX model."),
@@ -54,9 +51,9 @@ class Commands(TyperGroup):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[arg-type]  # known by name alone
+        self.commands: dict[str, Any] = dict.fromkeys(COMMANDS)
 
-    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command of a name, None where there is none."""
         if cmd_name not in COMMANDS:
             return None
@@ -68,7 +65,7 @@ class Commands(TyperGroup):
         alone.command(name=cmd_name, **FORWARDING.get(cmd_name, {}))(found)
         return typer.main.get_command(alone)
 
-    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the list of `lab --help` without importing a command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])

@@ -118,7 +118,9 @@ def text_of(path: Path) -> str:
 def values_of(text: str) -> Values:
     """Return the values of a params.yaml, none where a merge left it unreadable."""
     try:
-        values = OmegaConf.to_container(OmegaConf.create(text))  # as stages do: 1e-6 is a number
+        values: Any = OmegaConf.to_container(
+            OmegaConf.create(text)
+        )  # as stages do: 1e-6 is a number
     except (yaml.YAMLError, OmegaConfBaseException):
         return {}
     return values if isinstance(values, dict) else {}

@@ -88,8 +88,8 @@ class Speaker:
 
     def __init__(self, folder: Path, adapters: dict[str, Path]):
         # imported here: a mistake in the words is told at once
-        from stages.text.chats import generation_prompt_ids
         from stages.answers.generation import OnnxModel
+        from stages.text.chats import generation_prompt_ids
 
         self.prompt_ids = generation_prompt_ids
         self.model = OnnxModel(folder, adapters)

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from stages.core.errors import UserError
 
 if TYPE_CHECKING:
-    from jinja2 import nodes
+    from jinja2 import Template, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
-    from jinja2 import Template
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -137,7 +136,7 @@ def generation_tag() -> type[Extension]:
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
 
     return Generation

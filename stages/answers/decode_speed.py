@@ -14,10 +14,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stages.core.errors import UserError
+
+if TYPE_CHECKING:
+    from stages.answers.generation import OnnxModel
 
 
 def measure_in_own_process(
