@@ -26,7 +26,7 @@ def checked_digest(*, _root_: DictConfig) -> str:
     try:
         validate(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is open (???): give it with -S") from None
+        raise UserError(f"{error.full_key} has no value yet (???): give it with -S") from None
     return composed.conf_digest
 
 

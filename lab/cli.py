@@ -80,7 +80,7 @@ def lab() -> None:
 
 
 def main() -> None:
-    """Run the command; what a user can put right ends in one line and exit code 1."""
+    """Run the command; errors that a user can fix end in one line and exit code 1."""
     be_quiet()
     with one_line_errors("lab"):
         app()

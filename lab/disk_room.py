@@ -14,7 +14,7 @@ BYTES_PER_PARAMETER = 2  # a base model is kept in bfloat16
 
 
 def of_a_run() -> float | None:
-    """Return the bytes of the outputs that a run of params.yaml's model adds, None where nobody knows.
+    """Return the bytes of the outputs that a run of params.yaml's model adds, None if nothing tells.
 
     Known are a model that has been fetched, by dvc.lock, a local folder, and random weights. Of any other
     the size is not known before it has been fetched, and no name is a size.

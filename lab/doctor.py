@@ -95,7 +95,7 @@ def gpu() -> str:
             "nvidia-smi does not answer: the driver hangs, restart the machine"
         ) from None
     if done.returncode:
-        raise UserError(f"nvidia-smi fails: {first_line(done)}; see to the driver")
+        raise UserError(f"nvidia-smi fails: {first_line(done)}; check the NVIDIA driver")
     import torch
 
     if not torch.cuda.is_available():
@@ -148,7 +148,7 @@ def writable_cache() -> Path:
     except OSError as error:
         raise UserError(
             f"DVC's cache {cache} cannot be written: {error.strerror}; "
-            "`dvc cache dir --local FOLDER` takes another"
+            "`dvc cache dir --local FOLDER` chooses another"
         ) from None
     return cache
 

@@ -115,5 +115,5 @@ def dvc(*words: str) -> None:
     done = subprocess.run([sys.executable, "-m", "lab.remote.watched_dvc", *words])
     if done.returncode:
         raise UserError(
-            f"dvc {words[0]} failed (above); nothing is lost, the same command goes on from there"
+            f"dvc {words[0]} failed (above); nothing is lost, and the same command continues from there"
         )

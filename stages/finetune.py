@@ -4,7 +4,7 @@
 
 Training runs on the 4-bit weights' own values, so that the adapter sees the error that inference will
 have. Only answers are learned, in the model's chat template. A killed run leaves checkpoints outside DVC's
-outputs; the next run with the same settings, rows and base goes on from the last one and ends with the same
+outputs; the next run with the same settings, rows and base resumes from the last one and ends with the same
 adapter, bit for bit.
 """
 

@@ -3,7 +3,7 @@
     python -m stages.optimize        # conf/optimize says for which execution provider
 
 model.onnx answers without an adapter, lora.onnx takes one as optional inputs; they share model.onnx.data.
-They depend on which modules an adapter may target, not on any adapter: training does not build them anew.
+They depend on which modules an adapter may target, not on any adapter: training does not rebuild them.
 """
 
 from __future__ import annotations

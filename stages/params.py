@@ -5,7 +5,7 @@
 
 `dvc exp run` always composes params.yaml from conf/, plain `dvc repro` never does. So params.yaml carries the
 digest of the conf/ that it came from: while that holds, the file is left alone and the overrides of
-`dvc exp run -S` live; once conf/ has changed, it is composed anew, and the same run goes on with it.
+`dvc exp run -S` live; once conf/ has changed, it is composed again, and the same run continues with it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Values = dict[str, Any]
 
 
 def guard() -> None:
-    """Compose params.yaml anew where conf/ has changed; check it either way."""
+    """Compose params.yaml again if conf/ has changed; check it either way."""
     if not is_current():
         if "DVC_EXP_NAME" in os.environ:  # just composed by DVC, from files that this copy lacks
-            raise UserError("conf/ has files unknown to git: git add conf, then run again")
+            raise UserError("conf/ has files that git does not track: git add conf, then run again")
         old, new = recompose()
         if data_path(old) not in (None, data_path(new)):
             DONE.unlink(missing_ok=True)  # the next run must not skip this stage
@@ -50,7 +50,7 @@ def is_current() -> bool:
 
 
 def recompose() -> tuple[Values, Values]:
-    """Compose params.yaml anew and print what changed; return the values before and after."""
+    """Compose params.yaml again and print what changed; return the values before and after."""
     old, composed = values_of(text_of(PARAMS)), compose()
     with written_beside(PARAMS) as beside:
         beside.write_text(composed, encoding="utf-8")
@@ -127,7 +127,7 @@ def values_of(text: str) -> Values:
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the first lines of Hydra's and OmegaConf's messages, which go on with tracebacks."""
+    """Return the first lines of Hydra's and OmegaConf's messages, which continue with tracebacks."""
     ours: BaseException | None = error
     while ours is not None and not isinstance(ours, UserError):
         ours = ours.__cause__ or ours.__context__

@@ -38,7 +38,7 @@ def prepare(settings: Settings) -> str:
     data = settings.data
     rows = import_conversations(Path(data.path), data)
     if len(rows) < 3:
-        raise UserError(f"{data.path} has {len(rows)} rows: at least 3, one for each split")
+        raise UserError(f"{data.path} has {len(rows)} rows: bring at least 3, one for each split")
     splits = without_leaks(split(rows, data))
     prove_disjoint(splits)
     dropped = len(rows) - sum(map(len, splits.values()))
@@ -105,7 +105,9 @@ def without_leaks(splits: Splits) -> Splits:
         clean[name] = [row for row in splits[name] if held_out.isdisjoint(prompts_of(row))]
         held_out |= {prompt_of(row) for row in clean[name]}
         if not clean[name]:
-            raise UserError(f"the {name} split is empty: more rows, or other shares in data.*")
+            raise UserError(
+                f"the {name} split is empty: bring more rows, or change the shares in data.*"
+            )
     return {name: clean[name] for name in ("train", "validation", "test")}
 
 

@@ -88,7 +88,9 @@ def check_group_size(config: PretrainedConfig, group_size: int) -> None:
             fitting = math.gcd(*widths.values())
             fitting &= -fitting  # the largest power of two that divides them all
             advice = (
-                f"{fitting} does" if fitting >= SMALLEST_GROUP else "no size of the kernels does"
+                f"{fitting} does"
+                if fitting >= SMALLEST_GROUP
+                else "none that the kernels support does"
             )
             raise UserError(
                 f"quantize.group_size is {group_size}: does not divide {name}'s input {width}: {advice}"

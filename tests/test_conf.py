@@ -55,7 +55,7 @@ def test_every_group_names_its_options_in_config_yaml():
 
 
 def test_what_an_option_leaves_open_must_be_given(compose):
-    with pytest.raises(OmegaConfBaseException, match=r"model\.source\.path is open"):
+    with pytest.raises(OmegaConfBaseException, match=r"model\.source\.path has no value yet"):
         compose("model=local")
 
 

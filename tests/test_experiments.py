@@ -93,7 +93,7 @@ def test_a_promoted_experiment_is_the_new_default_with_its_results(tried):
 @pytest.mark.slow
 def test_promoting_loses_no_work_and_names_what_stands_in_the_way(tried):
     missing = tried.python("lab.cli", "promote", "none-such", exits=1)
-    assert missing.startswith("lab: none-such is no experiment of this repository")
+    assert missing.startswith("lab: none-such is not an experiment of this repository")
     tried.replace("README.md", "# olive-lab", "# My lab")
     assert "uncommitted changes (README.md)" in tried.python(
         "lab.cli", "promote", "shorter", exits=1

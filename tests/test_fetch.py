@@ -117,7 +117,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     source = model_folder(tmp_path / "source", *MODEL)
     (source / headers.INDEX).write_text(text)
-    with pytest.raises(UserError, match="is no index"):
+    with pytest.raises(UserError, match="is not an index"):
         taken(tmp_path, source)
 
 
@@ -170,7 +170,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         ("tokenizer_config.json", None, "has no tokenizer_config.json: choose"),
         ("tokenizer_config.json", "{", "tokenizer_config.json at model.source is not JSON"),
         ("config.json", POINTER, "config.json at model.source is not JSON"),
-        ("config.json", "[]", "config.json at model.source is no mapping"),
+        ("config.json", "[]", "config.json at model.source is not a JSON object"),
         ("generation_config.json", "{", "generation_config.json at model.source is not JSON"),
         ("model.safetensors", POINTER, "model.safetensors at model.source holds no whole safe"),
     ],

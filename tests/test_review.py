@@ -142,7 +142,7 @@ READERS = {
         ("dvc.lock", b"stages: {fetch: null}", "a stage without its files"),
         ("dvc.lock", b"stages: {fetch: {outs: [models/base]}}", "a stage without its files"),
         ("dvc.lock", b"stages: [fetch]", "a stage without its files"),
-        (QUALITY, b'{"chrf": NaN}', "NaN is no number"),
+        (QUALITY, b'{"chrf": NaN}', "NaN is not a number"),
         (QUALITY, b'{"chrf": "50"}', "has no number at chrf"),
         (QUALITY, b'{"chrf": 50', r"is unreadable \(.*line 1"),
         (QUALITY, b"", r"is unreadable \(.*line 1"),
@@ -150,7 +150,7 @@ READERS = {
         (ROWS, b"\n{}\n", "lacks 'kind' in line 2"),
         (ROWS, b"{\n", r"is unreadable \(line 1: "),
         ("loss.csv", b"split,step,loss\ntrain,1\n", "2 cells below a heading of 3: train,1"),
-        ("loss.csv", b"split,step,loss\ntrain,1,nan\n", "nan is no number"),
+        ("loss.csv", b"split,step,loss\ntrain,1,nan\n", "nan is not a number"),
     ],
 )
 def test_a_file_that_cannot_be_read_ends_in_one_line(repository, path, data, reason):

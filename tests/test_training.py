@@ -40,8 +40,8 @@ def killed(finished, tmp_path_factory) -> Project:
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_adapter(killed, tmp_path):
     resumed, undisturbed = (killed.copy(tmp_path / name) for name in ("resumed", "undisturbed"))
     shutil.rmtree(undisturbed.root / CHECKPOINTS)
-    assert "goes on from step" in train(resumed)
-    assert "goes on" not in train(undisturbed)
+    assert "resumes from step" in train(resumed)
+    assert "resumes" not in train(undisturbed)
     assert (resumed.root / ADAPTER).read_bytes() == (undisturbed.root / ADAPTER).read_bytes()
     assert not (resumed.root / CHECKPOINTS).exists()
 
@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_adapter(kille
 def test_other_settings_do_not_go_on_from_a_checkpoint_of_these(killed, tmp_path):
     project = killed.copy(tmp_path / "project")
     project.replace("params.yaml", "max_steps: 40", "max_steps: 4")
-    assert "goes on" not in train(project)
+    assert "resumes" not in train(project)
 
 
 def test_packed_weights_give_what_the_dequantized_ones_give(finished):

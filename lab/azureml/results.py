@@ -105,7 +105,7 @@ def pull(job: str, paths: list[str]) -> None:
 
 @contextlib.contextmanager
 def put_back_on_error(file: Path) -> Iterator[bytes | None]:
-    """Yield what a file holds; when something goes wrong it holds that again, so that a retry starts anew."""
+    """Yield what a file holds, and write that back if something fails, so that a retry starts afresh."""
     before = file.read_bytes() if file.exists() else None
     try:
         yield before

@@ -65,7 +65,9 @@ def check_tracked(values: Values, tracked: list[str]) -> None:
     """Raise for a file or folder of the user's own that a job would not get, as git does not know it."""
     for path in filter(None, (values.get(key) for key in FILES)):
         if not any(f"{name}/".startswith(f"{path}/") for name in tracked):
-            raise UserError(f"{path} is not in git, and a job gets only what is: git add {path}")
+            raise UserError(
+                f"{path} is not in git, and a job gets only what is in git: git add {path}"
+            )
 
 
 def inputs_of_a_job(values: Values) -> set[str]:

@@ -197,18 +197,22 @@ def watch(client: MLClient, job: str) -> None:
             client.jobs.stream(job)
         state = state_of(client, job)
     except UserError as error:
-        raise UserError(f"{error}; the job runs on: lab jobs --restore {job}, later") from None
+        raise UserError(
+            f"{error}; the job is still running: lab jobs --restore {job} brings its results later"
+        ) from None
     except KeyboardInterrupt:
         raise UserError(
-            f"no longer waiting, {job} runs on: lab jobs --restore {job} brings its results, "
+            f"no longer waiting, but {job} is still running: lab jobs --restore {job} brings its results, "
             f"lab cancel {job} ends it"
         ) from None
     if state not in ENDED:
-        raise UserError(f"{job} goes on without us: lab jobs --restore {job}, later")
+        raise UserError(
+            f"{job} is still running: lab jobs --restore {job} brings its results later"
+        )
     if state != "Completed":
         raise JobFailed(
             f"{job} {state.lower()}: its log (above, and in the studio) says why; "
-            "the same command goes on from what was pushed"
+            "the same command continues from what was pushed"
         )
 
 

@@ -1,6 +1,6 @@
 """Which Azure ML workspace, and the client of it.
 
-    workspace = find()          # None where nobody named one
+    workspace = find()          # None if none is named
     client = workspace.connect()
 
 In this order: AZUREML_ARM_SUBSCRIPTION, AZUREML_ARM_RESOURCEGROUP and AZUREML_ARM_WORKSPACE_NAME, as Azure
@@ -73,7 +73,7 @@ def need() -> Workspace:
     """Return the workspace; raises `UserError` when none is named."""
     if found := find():
         return found
-    raise UserError(f"which Azure ML workspace? {HOW}")
+    raise UserError(f"no Azure ML workspace is named: {HOW}")
 
 
 def from_environment() -> Workspace | None:
@@ -115,5 +115,5 @@ def from_file() -> Workspace | None:
                     *(config[k] for k in ("subscription_id", "resource_group", "workspace_name"))
                 )
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # not there, or somebody else's config.json
+                continue  # absent, or another program's config.json
     return None

@@ -69,14 +69,14 @@ def check_form(override: Override) -> None:
     key, value = override.key_or_group, str(override.input_line).partition("=")[2]
     is_group = (CONF / key).is_dir()
     if override.is_add() and not override.is_force_add() and (is_group or has(key)):
-        raise UserError(f"-S {override.input_line}: {key} is there already: write -S {key}={value}")
+        raise UserError(f"-S {override.input_line}: {key} exists already: write -S {key}={value}")
     if "/" in key and not is_group:
         group, _, option = key.rpartition("/")
         dotted = key.replace("/", ".")
         if (CONF / group / f"{option}.yaml").is_file():
             raise UserError(f"-S {override.input_line}: write -S {group}={option}")
         raise UserError(
-            f"-S {override.input_line}: {key} is no group of conf/: write -S {dotted}={value}"
+            f"-S {override.input_line}: {key} is not a group of conf/: write -S {dotted}={value}"
         )
 
 

@@ -69,7 +69,7 @@ def find(name: str) -> Experiment:
     found = [Experiment(name, "/".join(parts), parts[2] + parts[3]) for parts in named]
     here = [experiment for experiment in found if experiment.baseline == head]
     if not found:
-        raise UserError(f"{name} is no experiment of this repository: `lab exp -A` lists them")
+        raise UserError(f"{name} is not an experiment of this repository: `lab exp -A` lists them")
     if not here:
         raise UserError(
             f"{name} was run on commit {found[0].baseline[:7]}, not on this one: "

@@ -61,7 +61,7 @@ def check_files(overrides: Sequence[Override], copied: Sequence[str] = ()) -> No
                 if way_out == "git add" and is_ignored(path):
                     way_out = "git add --force"
                 raise UserError(
-                    f"{path} is not in git, and this run sees only what is: {way_out} {path}"
+                    f"{path} is not in git, and this run sees only what is in git: {way_out} {path}"
                 )
 
 

@@ -96,8 +96,8 @@ class Speaker:
         self.tokenizer = LightTokenizer(folder)
 
     def say(self, messages: Messages, adapter: str | None, max_new_tokens: int) -> str:
-        """Stream the answer to the terminal and return it; the whole conversation is read anew, so that no
-        adapter ever goes on with keys and values of another."""
+        """Stream the answer to the terminal and return it; the whole conversation is read again, so that no
+        adapter ever continues from another's keys and values."""
         prompt = self.prompt_ids(self.tokenizer, messages)
         stream, token = TextStream(self.tokenizer), None
         for token in self.model.stream(prompt, max_new_tokens, adapter):

@@ -35,7 +35,7 @@ def download(
     found = find(client, model)
     folder = to or Path(f"{found.name}-{found.version}")
     if folder.exists():
-        raise UserError(f"{folder} is there already: remove it, or name another with --to")
+        raise UserError(f"{folder} exists already: remove it, or name another with --to")
     checked = bring(client, found, folder)
     print(f"{folder} ({in_megabytes(size_of(folder))}), {checked}")
     adapter = folder / "onnx_adapter/adapter.onnx_adapter"
@@ -57,7 +57,9 @@ def find(client: MLClient, model: str) -> Model:
     wanted = version or (numbers[-1] if numbers else "")
     if wanted not in listed:
         known = ", ".join(numbers) or "none"
-        raise UserError(f"no {name} version {version or 'at all'}: there is {known} (lab register)")
+        raise UserError(
+            f"{name} has no version {version or 'yet'}: registered are {known} (lab register)"
+        )
     return listed[wanted]
 
 

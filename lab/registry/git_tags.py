@@ -20,7 +20,7 @@ SHARE = "dvc push && git push --tags shares it"
 
 
 def register(name: str, version: int | None, tags: dict[str, str]) -> None:
-    """Tag HEAD as a version of the model and of its adapter; goes on where an earlier run broke off."""
+    """Tag HEAD as a version of the model and of its adapter; resumes where an earlier run broke off."""
     need_identity()
     known = {each: registered(each) for each in artifacts_of(name)}
     content = tags["content_sha256"]
@@ -56,7 +56,7 @@ def artifacts_of(name: str) -> list[str]:
     names = [f"{name}-adapter", name]
     if missing := [each for each in names if each not in listed]:
         raise UserError(
-            f"dvc.yaml lists no {' and no '.join(missing)} under artifacts: add what git shall register"
+            f"dvc.yaml lists no {' and no '.join(missing)} under artifacts: add what to register in git"
         )
     return names
 
@@ -74,7 +74,7 @@ def registered(name: str) -> dict[int, str]:
 
 
 def message_content(message: str) -> str:
-    """Return the content that a tag's message names, empty for somebody else's tag."""
+    """Return the content that a tag's message names, empty for a tag that is not ours."""
     try:
         return json.loads(message).get("content_sha256", "")
     except ValueError:

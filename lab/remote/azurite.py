@@ -173,7 +173,7 @@ def give_settings_back() -> None:
 
 
 def keep(file: Path, value: str | None) -> None:
-    """Write a setting to a file that nobody else may read; no file for no setting."""
+    """Write a setting to a file that only its owner may read; no file for no setting."""
     file.unlink(missing_ok=True)
     if value is not None:
         file.touch(mode=0o600)

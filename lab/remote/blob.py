@@ -114,7 +114,9 @@ class Remote:
             # another machine's probe may have deleted it meanwhile
             with contextlib.suppress(ResourceNotFoundError):
                 if probe.download_blob().readall() != b"olive-lab":
-                    raise UserError(f"{self} does not give back what was written")
+                    raise UserError(
+                        f"{self} does not return what was written: run lab doctor again, then lab fsck"
+                    )
             try:
                 with contextlib.suppress(ResourceNotFoundError):
                     probe.delete_blob()

@@ -141,7 +141,7 @@ def configure(values: dict[str, str | None], *, local: bool, section: str = SECT
     file = Path(config.filename)
     file.touch(mode=0o644)
     if local:
-        file.chmod(0o600)  # for nobody else's eyes, however it came to be
+        file.chmod(0o600)  # readable for its owner only, also where it existed with other rights
     options = config.setdefault(section, {})
     for key, value in values.items():
         if value is None:
@@ -159,7 +159,7 @@ def configured(key: str, *, local: bool, section: str = SECTION) -> str | None:
 
 
 def open_settings(local: bool) -> ConfigObj:
-    """Read DVC's settings: everybody's, or this machine's own."""
+    """Read DVC's settings: those in git, or this clone's own."""
     from configobj import ConfigObj
 
     file = Path(".dvc/config.local" if local else ".dvc/config")

@@ -32,7 +32,7 @@ PATIENT = {"connection_timeout": 5, "read_timeout": 30, "retry_total": 1, "initi
 
 @dataclass(frozen=True)
 class Blob:
-    """An object that the remote must hold: its hash, its size where somebody knows it, and whose it is."""
+    """An object that the remote must hold: its hash, its size if known, and the output it is part of."""
 
     md5: str
     size: int | None

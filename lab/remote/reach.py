@@ -1,6 +1,6 @@
 """Whether a remote can be reached at all, answered within seconds.
 
-need_answer("https://mylab.blob.core.windows.net", remote)      # raises UserError unless somebody listens
+need_answer("https://mylab.blob.core.windows.net", remote)      # raises UserError unless something listens
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHECK_NETWORK = "check the network, or start the emulator (make azurite)"
 
 
 def need_answer(url: str, remote: object) -> None:
-    """Raise within seconds when nobody listens; the Azure SDK, and DNS, would try for a minute."""
+    """Raise within seconds if nothing listens; the Azure SDK, and DNS, would try for a minute."""
     target, proxies, way = urlsplit(url), getproxies(), ""
     proxy = proxies.get(target.scheme) or proxies.get("all")
     if proxy and not proxy_bypass(target.netloc):
@@ -30,7 +30,7 @@ def need_answer(url: str, remote: object) -> None:
 
 
 def why_unreachable(host: str, port: int) -> str:
-    """Return why nobody can be spoken to at an address, nothing when somebody can."""
+    """Return why an address cannot be reached, an empty string if it can."""
     try:
         socket.create_connection((host, port), TIMEOUT).close()
     except socket.gaierror:

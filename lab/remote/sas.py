@@ -52,7 +52,7 @@ def moment(fields: dict[str, str], key: str) -> datetime | None:
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(f"the SAS token has {key}={text}, which is no time: {ANOTHER}") from None
+        raise UserError(f"the SAS token has {key}={text}, which is not a time: {ANOTHER}") from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 

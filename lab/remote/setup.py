@@ -4,8 +4,8 @@ lab remote setup                                              # asks
 lab remote setup --account mylab --container olive-lab --sign-in keyless
 lab remote setup --sign-in sas < token.txt                    # a secret comes by prompt or standard input
 
-Url and account go to .dvc/config, for everybody, with the line that makes this the default remote; a secret
-goes to .dvc/config.local, which git ignores.
+Url and account go to .dvc/config, which git tracks, with the line that makes this the default remote; a
+secret goes to .dvc/config.local, which git ignores.
 Keyless is the default: `az login`, a managed identity or any other way of DefaultAzureCredential, with
 the role Storage Blob Data Contributor.
 """

@@ -93,7 +93,7 @@ def metrics(base: Revision, head: Revision, sure: dict[str, Interval]) -> list[M
 
 
 def stages(base: Revision, head: Revision) -> list[Stage]:
-    """Return what every stage cost, and whether it ran anew in between."""
+    """Return what every stage cost, and whether it ran again in between."""
     return [
         Stage(
             name,

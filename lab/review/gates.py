@@ -64,7 +64,7 @@ def worsening(name: str, before: float, after: float) -> float:
     worse = worse_by(name, after - before)
     if worse is None:
         raise UserError(
-            f"evaluate.gates.{name}.regression: which way {name} is better is not known"
+            f"evaluate.gates.{name}.regression: is more {name} better, or less? Use minimum or maximum"
         )
     return round(worse, 6)
 

@@ -157,7 +157,7 @@ def find_base(given: str | None) -> Revision:
         if _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").returncode == 0:
             return Revision(name) if given else _fork_point(name)
     way_out = FETCH_ALL if _shallow() else "give one, as in `lab review HEAD~1`"
-    raise UserError(f"{given or 'main'} is no commit of this repository: {way_out}")
+    raise UserError(f"{given or 'main'} is not a commit of this repository: {way_out}")
 
 
 def _fork_point(branch: str) -> Revision:
@@ -218,7 +218,7 @@ def _json(text: str) -> Any:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def _csv(text: str) -> list[dict[str, Any]]:
@@ -235,7 +235,7 @@ def _number(text: str) -> float | str:
     except ValueError:
         return text
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no number")
+        raise ValueError(f"{text} is not a number")
     return number
 
 

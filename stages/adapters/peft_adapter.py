@@ -80,7 +80,7 @@ def read_adapter(folder: Path) -> dict[str, Pair]:
         if found != (rank, rank):
             raise UserError(
                 f"{folder}: the rank of {module} is {found[0]} in lora_A and {found[1]} in lora_B, but "
-                f"{rank} in adapter_config.json: bring both files from one training"
+                f"{rank} in adapter_config.json: take both files from the same training run"
             )
         modules[module] = (tensors[name].T, tensors[stem + B].T * np.float32(scaling))
     return modules
@@ -145,7 +145,7 @@ def check_names(tensors: dict[str, np.ndarray], folder: Path) -> None:
         what = next(what for part, what in NOT_LORA.items() if any(part in n for n in others))
         names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise UserError(
-            f"{folder} holds {what}, which cannot be inputs of the graph: {names}; "
+            f"{folder} holds {what}, which the graph has no inputs for: {names}; "
             "merge the adapter into the base model, or train without"
         )
     stems = {
@@ -156,7 +156,7 @@ def check_names(tensors: dict[str, np.ndarray], folder: Path) -> None:
             f"{folder}: {stem} has only one of lora_A and lora_B: save the adapter again"
         )
     if not stems[A]:
-        raise UserError(f"{folder} adapts no module")
+        raise UserError(f"{folder} adapts no module: choose another adapter")
 
 
 def rank_and_scaling(module: str, config: dict) -> tuple[int, float]:

@@ -35,7 +35,7 @@ def credential() -> Any:
 
 
 def need_azure() -> None:
-    """Raise `UserError` within seconds when Azure cannot be reached or lets nobody in."""
+    """Raise `UserError` within seconds when Azure cannot be reached or refuses the sign-in."""
     from azure.core.exceptions import ClientAuthenticationError
 
     need_answer(ARM)
@@ -43,7 +43,7 @@ def need_azure() -> None:
         try:
             credential().get_token(f"{ARM}/.default")
         except ClientAuthenticationError:
-            need_answer(LOGIN)  # a sign-in that nobody hears fails like one that is refused
+            need_answer(LOGIN)  # an unreachable sign-in fails like a refused one
             raise
 
 

@@ -1,4 +1,4 @@
-"""The digest of conf/, which params.yaml carries: so everybody can tell whether it is still current."""
+"""The digest of conf/, which params.yaml carries: so that anyone can tell whether it is current."""
 
 from __future__ import annotations
 

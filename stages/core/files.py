@@ -35,7 +35,7 @@ def written_beside(target: str | Path) -> Iterator[Path]:
 
 
 def share(path: Path) -> None:
-    """Give files the mode that this user's files have: safetensors writes files that nobody else can read."""
+    """Give files the user's usual mode: safetensors writes files that only their owner can read."""
     os.umask(mask := os.umask(0o077))  # it can only be read by setting it
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and not file.is_symlink():
@@ -52,7 +52,9 @@ def _remove(path: Path) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, all or nothing. Raises `UserError` for NaN, which is not JSON."""
     if strange := not_finite(value):
-        raise UserError(f"{path}: {strange} is not a finite number: look at what measures it")
+        raise UserError(
+            f"{path}: {strange} is not a finite number: please report it with the command that you ran"
+        )
     with written_beside(path) as beside:
         beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

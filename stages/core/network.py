@@ -1,4 +1,4 @@
-"""Whether somebody answers at an address, found out within seconds: the libraries try for minutes."""
+"""Whether a server answers, found out within seconds: the libraries try for minutes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def answers(url: str, seconds: float) -> bool:
         except urllib.error.HTTPError:
             return True  # a refusal is an answer
         except OSError as error:
-            # so is a certificate that nobody here trusts; the sign-in then says what is wrong with it
+            # so is a certificate that is not trusted here; the sign-in then says what is wrong with it
             return isinstance(getattr(error, "reason", None), ssl.SSLError)
         return True
 

@@ -35,7 +35,7 @@ def starter(process: psutil.Process) -> psutil.Process | None:
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:
-    """Return a process's environment, empty where it belongs to somebody else."""
+    """Return a process's environment, empty if it belongs to another user."""
     try:
         return process.environ()
     except psutil.Error:

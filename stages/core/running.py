@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         run(quantize, COST)          # quantize(settings) -> what it made, in words
 
-`run` checks params.yaml, turns every error that a user can cause into one line and a non-zero exit, and
+`run` checks params.yaml, turns every error that a user can fix into one line and a non-zero exit, and
 writes what the run cost (seconds, peak memory, on which machine) to a file of its own.
 Those figures never repeat, so they are an output of their own, which only `report` reads.
 """
@@ -68,7 +68,7 @@ def run(stage: Callable[[Settings], str], cost_file: Path | None = None) -> None
 
 @contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
-    """Exit 1 with one line for whatever a user can put right; a bug still shows its traceback."""
+    """Turn errors that a user can fix into one line and exit code 1; a bug still shows its traceback."""
     try:
         yield
     except UserError as error:

@@ -259,13 +259,15 @@ def load(path: Path = PARAMS) -> Settings:
     except FileNotFoundError:
         raise UserError(f"no {path} here: in the repository's root, {COMPOSE}") from None
     except MissingMandatoryValue as error:
-        raise UserError(f"{path}: {error.full_key} is open (???): give it with -S") from None
+        raise UserError(
+            f"{path}: {error.full_key} has no value yet (???): give it with -S"
+        ) from None
     except YAMLError as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}: {COMPOSE}") from None
     except (OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no sections: {COMPOSE}")
+        raise UserError(f"{path} has no sections: {COMPOSE}")
     return validate(values)
 
 
@@ -273,7 +275,7 @@ def load_current(path: Path = PARAMS) -> Settings:
     """Load params.yaml for a stage. Raises `UserError` where it is older than conf/."""
     settings = load(path)
     if settings.conf_digest != digest():
-        raise UserError(f"{path} is older than conf/: run `dvc repro`, which composes it anew")
+        raise UserError(f"{path} is older than conf/: run `dvc repro`, which composes it again")
     return settings
 
 

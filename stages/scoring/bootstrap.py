@@ -1,6 +1,6 @@
 """How sure a figure is: a bootstrap over the test prompts (Efron 1979).
 
-Prompts are drawn anew, with replacement, within each kind; the wordings of one fact are drawn together, since
+Prompts are resampled with replacement, within each kind; the wordings of one fact are drawn together, since
 a model that knows the fact answers them all. It says what other prompts could have changed, not what
 another training seed could.
 """
@@ -35,7 +35,7 @@ def middle(values: np.ndarray) -> Interval:
 
 
 def draw(predictions: list[Prediction], random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return every metric, [draws] each, over prompts drawn anew."""
+    """Return every metric, [draws] each, over resampled prompts."""
     facts, kinds = facts_of(predictions)
     times = how_often(kinds, random)
     terms: Terms = terms_of(predictions) | parity_terms(predictions)

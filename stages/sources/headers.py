@@ -46,7 +46,9 @@ def names_of_files(folder: Path) -> list[str]:
             json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         )
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{INDEX} at model.source is no index: copy it again") from None
+        raise UserError(
+            f"{INDEX} at model.source is not an index of shards: copy it again"
+        ) from None
     for name in names:
         if (
             not isinstance(name, str)

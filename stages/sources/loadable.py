@@ -1,7 +1,7 @@
 """Is a base model one that every later stage can work on? Asked at fetch, not at the first chat.
 
 The model is loaded once, as later stages load it, and reads one chat: two seconds for 135 million parameters.
-Tensors are compared both ways. One that is missing would be random, and one that nobody reads would be
+Tensors are compared both ways. One that is missing would be random, and one that nothing reads would be
 dropped, each with a mere warning of transformers.
 """
 
@@ -273,7 +273,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file.name} at model.source is not JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{file.name} at model.source is no mapping: choose another model")
+        raise UserError(f"{file.name} at model.source is not a JSON object: choose another model")
     return settings
 
 

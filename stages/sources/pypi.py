@@ -46,7 +46,7 @@ def check_sha256(file: Path, expected: str) -> None:
     if found != expected:
         raise UserError(
             f"{file.name} has sha256 {found}, not model.source.sha256 {expected}: "
-            "do not use it, unless the pin is what is wrong"
+            "do not use it, unless it is the pin that is wrong"
         )
 
 

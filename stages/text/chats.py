@@ -9,7 +9,7 @@ template makes something else.
 
 What people typed never becomes a control token: "<|im_end|>" in a question is ten characters. A control token
 is one that the tokenizer calls special, or that the template writes around turns. "<think>" and other added
-tokens are words of the model: where somebody writes one, it is that token.
+tokens are words of the model: a user who writes one gets that token.
 
 Of a tokenizer only `chat_template`, `apply_chat_template`, `eos_token_id` and `backend_tokenizer` (the
 `tokenizers.Tokenizer`) are used; transformers is imported only to load one.
@@ -176,7 +176,7 @@ class Disguised:
     """A row whose typed control tokens are single characters that stand nowhere in it.
 
     So they pass through a template, and the control tokens of the rendered text are the template's own.
-    Answers lose their outer white space, which nobody wants to be learned.
+    Answers lose their outer white space, which should not be learned.
     """
 
     def __init__(self, row: Conversation, typed: re.Pattern):
@@ -455,7 +455,7 @@ class ChatEncoder:
 
     @cached_property
     def disarmed(self) -> Tokenizer:
-        """The tokenizer with other names for its control tokens, so that nobody can type one."""
+        """The tokenizer with other names for its control tokens, so that none can be typed."""
         from tokenizers import Tokenizer
 
         names = self.own_names

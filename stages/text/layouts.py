@@ -53,7 +53,7 @@ def import_conversations(path: Path, data: Data) -> list[Conversation]:
     """Return every row as a conversation. Raises one `UserError` that names all rows that cannot be used."""
     objects, bad = parse_lines(path)
     if not objects and not bad:
-        raise UserError(f"{path} has no rows: bring JSON Lines, one JSON object a line")
+        raise UserError(f"{path} has no rows: bring JSON Lines, one JSON object per line")
     rows: list[Conversation] = []
     if objects:
         parse = PARSERS[layout_of(path, objects, data)]
@@ -130,7 +130,7 @@ def parse_line(line: str) -> Row:
     except json.JSONDecodeError as error:
         raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise BadRow("is nested too deep") from None
+        raise BadRow("is nested too deeply") from None
     if not isinstance(columns, dict):
         raise BadRow(f"is {kind_of(columns)}, not a JSON object")
     return columns
@@ -147,7 +147,7 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def refuse_number(name: str) -> None:
-    """Refuse what Python reads as JSON, and nobody else."""
+    """Refuse constants that Python's JSON reader accepts and the standard does not."""
     raise BadRow(f"holds {name}, which is not JSON")
 
 

@@ -88,7 +88,7 @@ def named(sources: list[str]) -> str:
 
 
 def order_rows(rows: Dataset, options: Finetune) -> Dataset:
-    """Return the rows of all steps in their order: shuffled anew for every pass over them.
+    """Return the rows of all steps in their order: shuffled again for every pass over them.
 
     Read from first to last, they need no random state that a resumed run would have to restore.
     """

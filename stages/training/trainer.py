@@ -60,7 +60,7 @@ def train(trainer: AnswerTrainer, folder: Path) -> None:
     """
     checkpoint = checkpoints.last_complete(folder)
     if checkpoint:
-        print(f"finetune: goes on from step {checkpoint.rpartition('-')[2]}", flush=True)
+        print(f"finetune: resumes from step {checkpoint.rpartition('-')[2]}", flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         refuse_not_finite(trainer.model)
@@ -70,7 +70,7 @@ def train(trainer: AnswerTrainer, folder: Path) -> None:
 
 
 class StopsWhenNotFinite(TrainerCallback):
-    """Stops with one line at the first logged loss or gradient that is no number."""
+    """Stops with one line at the first logged loss or gradient that is not a number."""
 
     def on_log(self, args, state, control, logs=None, **_):
         """Raise `NotFinite`."""

@@ -99,7 +99,7 @@ GOOD = {"sv": "2024-11-04", "se": "2999-01-01", "sr": "c", "sp": "racwl", "sig":
         ({"se": "2020-01-31T12:00:00Z"}, "expired at 2020-01-31 12:00 UTC"),
         ({"se": "2020-01-31"}, "expired at 2020-01-31 00:00 UTC"),
         ({"st": "2998-01-01T00:30Z"}, "begins at 2998-01-01 00:30 UTC"),
-        ({"se": "tomorrow"}, "se=tomorrow, which is no time"),
+        ({"se": "tomorrow"}, "se=tomorrow, which is not a time"),
         ({"sp": "racwd"}, "lacks l (list): make one with sp=racwl"),
         ({"sp": "cwl"}, "lacks r (read)"),
         ({"sp": "rl"}, "lacks w (write)"),

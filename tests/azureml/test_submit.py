@@ -139,7 +139,7 @@ def test_a_network_that_is_lost_loses_no_job_and_a_retry_brings_all_of_it(laptop
     cloud.relay.cut()
     output, _ = process.communicate(timeout=600)
     (job,) = submitted(output)
-    assert f"the job runs on: lab jobs --restore {job}" in output.splitlines()[-1]
+    assert f"the job is still running: lab jobs --restore {job}" in output.splitlines()[-1]
 
     cloud.relay.mend()
     cloud.machines.wait()
