@@ -1,7 +1,5 @@
 """The fused LoRA product gives PEFT's outputs and gradients."""
 
-import copy
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,13 +8,15 @@ from peft.tuners.lora import Linear as PeftLinear
 from stages.training.lora_product import FusedLinear, fuse_products
 
 
-def adapted(**options) -> torch.nn.Module:
+def adapted(fused: bool, **options) -> torch.nn.Module:
     """Two linears, with and without bias, adapted by random matrices."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 16, bias=False))
     config = LoraConfig(
         r=4, lora_alpha=12, target_modules=["0", "1"], init_lora_weights=False, **options
     )
+    if fused:
+        fuse_products(config)
     return get_peft_model(layers, config)
 
 
@@ -35,9 +35,7 @@ def kinds(model: torch.nn.Module) -> set[type]:
 
 @pytest.mark.parametrize("shape", [(5, 24), (1, 7, 24), (2, 3, 24)])
 def test_outputs_and_gradients_are_those_of_peft(shape):
-    model = adapted()
-    fused = copy.deepcopy(model)
-    fuse_products(fused)
+    model, fused = adapted(fused=False), adapted(fused=True)
     assert kinds(fused) == {FusedLinear}
     inputs = torch.randn(shape)
     for ours, theirs in zip(gradients(fused, inputs), gradients(model, inputs), strict=True):
@@ -45,6 +43,5 @@ def test_outputs_and_gradients_are_those_of_peft(shape):
 
 
 def test_a_layer_with_dropout_stays_as_peft_made_it():
-    model = adapted(lora_dropout=0.1)
-    fuse_products(model)
+    model = adapted(fused=True, lora_dropout=0.1)
     assert kinds(model) == {PeftLinear}

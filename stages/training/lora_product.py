@@ -1,6 +1,6 @@
 """A LoRA-adapted linear as one differentiable product: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, for PEFT's layers.
 
-    fuse_products(peft_model)
+    fuse_products(lora_config)       # before PEFT puts its layers into a model
 
 PEFT spells the sum out in six operations, whose intermediate results all travel through memory and wait
 for Python to launch them: on an H100 that is half of a training step. LoRA: arXiv:2106.09685.
@@ -11,19 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch.nn.functional import linear
 
 from stages.weights.packed import PackedLinear
 
 
-def fuse_products(model: torch.nn.Module) -> None:
-    """Let every LoRA linear without dropout compute its product at once. Saved adapters are the same."""
-    for module in model.modules():
-        if type(module) is PeftLinear and isinstance(
-            module.lora_dropout["default"], torch.nn.Identity
-        ):
-            module.__class__ = FusedLinear
+def fuse_products(config: LoraConfig) -> None:
+    """Let every linear that PEFT adapts compute its product at once. Saved adapters are the same.
+
+    By PEFT's own way to bring other layers (docs/peft/developer_guides/custom_models), which it calls
+    experimental. Layers with dropout stay PEFT's: it stands between x and A, where the sum cannot be fused.
+    """
+    if not config.lora_dropout:
+        config._register_custom_module({torch.nn.Linear: FusedLinear})
 
 
 class FusedLinear(PeftLinear):

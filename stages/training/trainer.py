@@ -139,7 +139,7 @@ def make_trainer(
     checkpoints: Path,
 ) -> AnswerTrainer:
     """Put model, data and settings into TRL's trainer."""
-    trainer = AnswerTrainer(
+    return AnswerTrainer(
         model=model,
         processing_class=tokenizer,
         args=training_arguments(options, checkpoints),
@@ -148,8 +148,6 @@ def make_trainer(
         peft_config=lora_config(options, model),
         callbacks=[StopsWhenNotFinite()],
     )
-    fuse_products(trainer.model)
-    return trainer
 
 
 def lora_config(options: Finetune, model: torch.nn.Module) -> LoraConfig:
@@ -160,7 +158,7 @@ def lora_config(options: Finetune, model: torch.nn.Module) -> LoraConfig:
         layers = list(range(count // 2, count))
         # PEFT takes layers only beside names
         targets = linears_of(model) if targets == "all-linear" else targets
-    return LoraConfig(
+    config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
@@ -169,6 +167,8 @@ def lora_config(options: Finetune, model: torch.nn.Module) -> LoraConfig:
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
+    fuse_products(config)
+    return config
 
 
 def training_arguments(options: Finetune, checkpoints: Path) -> SFTConfig:
