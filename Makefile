@@ -6,6 +6,11 @@ EXTRA ?= cpu
 PYTHON ?= $(shell for p in python3.11 python3; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 # Extra words for pytest, e.g. PYTEST_ARGS="-k params -x".
 PYTEST_ARGS ?=
+# Which of the tests without Azure and GPU, e.g. MARKS="not slow".
+MARKS ?=
+# Of several -m pytest takes the last: one in PYTEST_ARGS would let azure and gpu in.
+ONLY = $(if $(filter -m%,$(PYTEST_ARGS)),$(error PYTEST_ARGS has -m: write MARKS="not slow" instead))\
+  -m "not azure and not gpu$(if $(MARKS), and ($(MARKS)))"
 # `make lock UPGRADE=1` moves every pin to the newest allowed version.
 UPGRADE ?=
 
@@ -28,7 +33,7 @@ export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-azure test-azureml azurite azurite-stop bench lint lock clean check-extra
+.PHONY: help setup repro test test-fast coverage test-azure test-azureml azurite azurite-stop bench lint lock clean check-extra
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,7 +82,18 @@ repro: setup ## run the whole pipeline (dvc repro), then show its results
 	@$(BIN)/lab results
 
 test: setup ## run the tests that need no Azure account and no GPU
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal --durations 30 -m "not azure and not gpu" $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal --durations 30 $(ONLY) $(PYTEST_ARGS)
+
+test-fast: MARKS := not slow and not longest
+test-fast: setup ## run the quick ones of them: no whole pipeline, none of over two seconds
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal --durations 5 $(ONLY) $(PYTEST_ARGS)
+
+# In a folder of its own: a pipeline that an earlier session has finished would not run, nor be counted.
+coverage: setup ## run make test; print the lines of stages/ and lab/ that no test runs
+	@$(BIN)/coverage erase
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR="$$(mktemp -d)"; \
+	  coverage run -m pytest -n 2 --dist worksteal $(ONLY) $(PYTEST_ARGS); status=$$?; \
+	  rm -rf "$$TMPDIR"; coverage combine -q && coverage report; exit $$status
 
 test-azure: setup ## run the tests of the Blob remote and its faults, on loopback (Node.js)
 	@$(BIN)/python -m lab.remote.azurite install
@@ -139,6 +155,6 @@ lock: ## write requirements/*.txt from pyproject.toml (UPGRADE=1: to the newest 
 
 clean: ## remove DVC outputs and build junk; keeps .venv and the DVC cache
 	rm -rf models/* models/.[!.]* metrics/raw metrics/speed data/prepared
-	rm -rf build dist outputs *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist outputs *.egg-info .pytest_cache .ruff_cache .coverage .coverage.*
 	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './.dvc/*' -prune -exec rm -rf {} +
 	@echo "Kept: .venv and the DVC cache (.dvc/cache), so 'make repro' brings unchanged outputs back from it."

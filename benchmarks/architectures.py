@@ -27,7 +27,7 @@ from stages.core.settings import Optimize
 from stages.weights.checkpoint import load_dequantized
 
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny_models import FAMILIES, checkpoint, exported, greedy, logits, tokens, trained
+from support.tiny_models import FAMILIES, checkpoint, exported, greedy, logits, tokens, trained
 
 LEVELS = {"cpu_exact": 1, "cpu_int4": 4}
 PROMPTS, ANSWER, LONG = 20, 16, 200

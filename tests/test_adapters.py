@@ -1,23 +1,42 @@
 """Adapters from elsewhere give PEFT's logits in the graph, or are refused in one line naming the tensor."""
 
+import dataclasses
 import json
+import re
 import shutil
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
 
 from lab.models.adapt import adapt
 from stages.adapters.convert import convert
 from stages.adapters.lora_inputs import BASE, LORA_GRAPH, load_graph
+from stages.adapters.peft_adapter import INITIALISATIONS, UNDERSTOOD
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
+from support.tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
 
 PROMPT = tokens(12)
 REGEX = r".*\.1\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
+# options with which PEFT uses the same tensors in another way, keeps others, or changes the base
+REFUSED = {
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+}
+CHANGE_THE_BASE = {"corda", "loftq", "olora", "pissa", "pissa_niter_[number of iters]"}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +130,43 @@ def test_an_adapter_that_began_by_changing_the_base_is_refused(way, llama, tmp_p
     trained(llama[0], tmp_path / "peft", 3, target_modules=["q_proj"], init_lora_weights=way)
     with pytest.raises(UserError, match=f"init_lora_weights is '{way}'"):
         convert(tmp_path / "peft", llama[1], tmp_path / "file")
+
+
+@pytest.mark.parametrize("way", ["Gaussian", "mica", "orthogonal"])
+def test_an_adapter_that_began_otherwise_and_left_the_base_alone_is_taken(way, llama, tmp_path):
+    packed, onnx = llama
+    model = trained(packed, tmp_path / "peft", 3, target_modules=["q_proj"], init_lora_weights=way)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:  # one of the two may be zero at first
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(tmp_path / "peft")
+    convert(tmp_path / "peft", onnx, tmp_path / "file")
+    found = OnnxModel(onnx, {"one": tmp_path / "file"}).logits(PROMPT, "one")
+    same(found, logits(model, PROMPT))
+
+
+def test_every_option_that_peft_has_is_judged():
+    """A new one fails here: into UNDERSTOOD of stages/adapt.py, or into REFUSED, after reading PEFT."""
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= UNDERSTOOD | REFUSED
+    assert not UNDERSTOOD & REFUSED
+
+
+def test_every_way_to_begin_that_peft_has_is_judged():
+    """A new one fails here: into INITIALISATIONS where PEFT leaves the base's weights as they are."""
+    hint = get_type_hints(LoraConfig)["init_lora_weights"]
+    (names,) = [get_args(part) for part in get_args(hint) if get_origin(part) is Literal]
+    assert set(names) <= {*INITIALISATIONS} | CHANGE_THE_BASE
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_an_option_that_is_not_understood_is_refused_by_name_where_it_is_set(key, llama, tmp_path):
+    peft = tmp_path / "peft"
+    trained(llama[0], peft, 3, target_modules=["q_proj"])
+    file = peft / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {key: {"any": "thing"}}))
+    with pytest.raises(UserError, match=f"{re.escape(str(file))}: {key} is set, and only plain"):
+        convert(peft, llama[1], tmp_path / "file")
 
 
 def test_a_configuration_with_another_rank_than_the_weights_is_refused(llama, tmp_path):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 from olive.common.quant.utils import WeightQuantizer
 from olive.model import HfModelHandler
 from olive.passes.olive_pass import create_pass_from_dict
@@ -28,6 +27,7 @@ from stages.quantization.scale_search import Grid, output_error, search_scales
 from stages.quantize import check_group_size
 from stages.sources.random_model import train_tokenizer
 from stages.weights.checkpoint import load_dequantized
+from support.project import ROOT
 
 FAMILIES = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -91,6 +91,7 @@ def packed(model, folder, tokens, method) -> torch.nn.Module:
     return load_dequantized(target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_it_beats_rounding_where_channels_stand_out(family, tmp_path):
@@ -104,6 +105,7 @@ def test_it_beats_rounding_where_channels_stand_out(family, tmp_path):
     assert errors[Awq] < 0.8 * errors[Rtn]
 
 
+@pytest.mark.slow
 def test_the_same_calibration_gives_the_same_bytes(tmp_path):
     tokens = torch.arange(2 * 64).remainder(97).view(2, 64)
     for run in ("one", "two"):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from tiny_models import SHAPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.core.errors import UserError
@@ -12,6 +11,7 @@ from stages.core.settings import validate
 from stages.quantization import calibration
 from stages.sources import random_model
 from stages.text.conversation import Conversation
+from support.tiny_models import SHAPE
 
 LENGTH = 64
 

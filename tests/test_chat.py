@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from lab.models import chat
 from lab.models.text_stream import TextStream
@@ -11,6 +10,7 @@ from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.sources import random_model
 from stages.text.chats import generation_prompt_ids, load_tokenizer
+from support.project import ROOT
 
 ADAPTER = "models/onnx_adapter/adapter.onnx_adapter"
 

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +18,7 @@ from stages.text.chats import (
     training_tokens,
 )
 from stages.text.conversation import Conversation
+from support.project import ROOT
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"

@@ -12,8 +12,8 @@ from stages import params as guard
 from stages.core.conf import digest
 from stages.core.errors import UserError
 from stages.core.settings import load, load_current, validate
+from support.project import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 GROUPS = [folder.name for folder in sorted(CONF.iterdir()) if folder.is_dir()]
 OPTIONS = [

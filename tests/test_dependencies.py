@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from support.project import ROOT
+
 CODE = [
     file for folder in ("stages", "lab", "hydra_plugins") for file in (ROOT / folder).rglob("*.py")
 ]
 OURS = {"stages", "lab", "hydra_plugins"}
+INSTALLED = packages_distributions()
 # installed with PyTorch for CUDA, and imported only there
 WITH_TORCH = {"triton"}
 
@@ -43,7 +45,7 @@ def plain(name: str) -> str:
 def packages_of(module: str) -> set[str]:
     """Return the packages that a module may come from; azure and ruamel are shared by many."""
     top, *below = module.split(".")
-    found = {plain(name) for name in packages_distributions().get(top, [])}
+    found = {plain(name) for name in INSTALLED.get(top, [])}
     if top in ("azure", "ruamel"):
         name = "-".join([top, *below])
         found = {each for each in found if f"{name}-".startswith(f"{each}-")}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from support.project import ROOT
+
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 CHEAP = {
     "params",

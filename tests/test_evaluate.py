@@ -1,12 +1,12 @@
 """Scores of answers: what an answer says is what stands before the token that ended it."""
 
 import pytest
-from conftest import ROOT
 
 from stages import evaluate
 from stages.scoring.predictions import Parity
 from stages.sources import random_model
 from stages.text.conversation import Conversation
+from support.project import ROOT
 
 
 def answer_in_words(tokenizer, tokens: list[int], ended: bool) -> str:

@@ -4,14 +4,15 @@ import json
 
 import pytest
 
+from support.project import clone
+
+pytestmark = pytest.mark.slow
 RUN = ("exp", "run", "--queue")
 
 
 @pytest.fixture(scope="module")
 def clone_with_rows(tmp_path_factory):
     """A clone with a file of rows that git does not know. Only queue in it what is refused."""
-    from conftest import clone
-
     project = clone(tmp_path_factory.mktemp("requests") / "clone")
     rows = [{"prompt": f"q{i}?", "response": f"a{i}"} for i in range(9)]
     (project.root / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

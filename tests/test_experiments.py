@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Project, stages_that_ran
 
 from lab.cli import COMMANDS, Commands
 from lab.experiments import table
@@ -17,6 +16,7 @@ from lab.experiments.edits import compose, leaves, write_into
 from lab.experiments.promote import promote
 from lab.experiments.table import asks_for_a_format
 from stages.core.errors import UserError
+from support.project import ROOT, Project, stages_that_ran
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def nested(flat: dict) -> dict:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "changes"),
     [
@@ -56,6 +57,7 @@ def test_what_an_experiment_overrode_is_written_where_it_belongs(conf, overrides
     assert compose(conf) == wanted
 
 
+@pytest.mark.slow
 def test_comments_and_other_lines_stay(conf):
     wanted = compose(conf, "finetune.rank=32", "quantize=rtn")
     write_into(conf, nested(wanted), "exp")
@@ -185,6 +187,7 @@ def test_a_format_that_dvc_writes_is_left_to_it(words, asks):
     assert asks_for_a_format(words) is asks
 
 
+@pytest.mark.slow
 def test_the_table_in_a_pipe_says_how_the_workspace_differs(tmp_path):
     project = Project(tmp_path / "repository")
     project.root.mkdir()

@@ -8,13 +8,22 @@ import onnx
 import pytest
 from onnxruntime import InferenceSession
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, checkpoint, exported, greedy, logits, same, tokens, trained
 
 from stages.adapters.convert import convert
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.core.settings import Optimize
 from stages.weights.checkpoint import load_dequantized
+from support.tiny_models import (
+    FAMILIES,
+    checkpoint,
+    exported,
+    greedy,
+    logits,
+    same,
+    tokens,
+    trained,
+)
 
 SHORT = tokens(12)
 

@@ -1,11 +1,11 @@
 """What fetch lets through of a family's settings, the exported graph computes as PyTorch does."""
 
 import pytest
-from tiny_models import FACTORS, checkpoint, exported, greedy, logits, same, tokens
 
 from stages.answers.generation import OnnxModel
 from stages.sources.loadable import ROPE_TYPES
 from stages.weights.checkpoint import load_dequantized
+from support.tiny_models import FACTORS, checkpoint, exported, greedy, logits, same, tokens
 
 ROPE = {
     "default": {"rope_theta": 5e5},

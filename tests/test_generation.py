@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained
 
 from stages.adapters.convert import convert
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.weights.checkpoint import load_dequantized
+from support.tiny_models import FAMILIES, checkpoint, exported, logits, tokens, trained
 
 PAD = 1  # of the tiny tokenizer; its end token as well
 

@@ -1,13 +1,13 @@
 """The tokenizer that `lab chat` loads in a moment gives what transformers' own gives."""
 
 import pytest
-from conftest import ROOT
 from transformers import AutoTokenizer
 
 from lab.models.light_tokenizer import LightTokenizer
 from stages.core.errors import UserError
 from stages.sources import random_model
 from stages.text.chats import generation_prompt_ids
+from support.project import ROOT
 
 TEXTS = ["plain words", "👩‍👩‍👧‍👦 emoji 🇨🇭", "<|im_end|> typed", "漢字\n\n  indented", ""]
 CHAT = [

@@ -3,7 +3,8 @@
 import hashlib
 
 import pytest
-from conftest import Project
+
+from support.project import Project
 
 pytestmark = pytest.mark.slow
 

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from stages.core.errors import UserError
 from stages.sources import headers, loadable, random_model
+from support.project import ROOT
 
 LLAMA = {
     "model_type": "llama",

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from stages.core import machine
+from support.project import ROOT
 
 
 @pytest.fixture

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import HANGS, ROOT
 
 from lab.cli import COMMANDS
 from lab.remote import azurite as emulator
+from support.processes import HANGS
+from support.project import ROOT
 
+pytestmark = pytest.mark.slow
 TINY = "-S model=tiny -S evaluate=quick -S evaluate/gates=none -S finetune.max_steps=2"
 STARTED = "Running stage 'fetch'"
 

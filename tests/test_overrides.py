@@ -1,11 +1,11 @@
 """Overrides as people type them keep their value, or are refused in one line with the way out."""
 
 import pytest
-from conftest import ROOT
 
 from lab.experiments import overrides
 from stages.core.errors import UserError
 from stages.params import compose, flat, values_of
+from support.project import ROOT
 
 
 @pytest.fixture(autouse=True)

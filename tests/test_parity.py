@@ -1,11 +1,11 @@
 """Parity finds the first token at which PyTorch would have answered otherwise, and by how much."""
 
 import pytest
-from tiny_models import FAMILIES, checkpoint, greedy, tokens
 
 from stages.answers import parity
 from stages.scoring.predictions import Parity
 from stages.weights.checkpoint import load_dequantized
+from support.tiny_models import FAMILIES, checkpoint, greedy, tokens
 
 pytestmark = pytest.mark.slow
 PROMPT, ANSWER_LENGTH = [5, 17, 33, 101, 7], 6

@@ -7,10 +7,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, Project, clone, left_behind, stages_that_ran, wait_until
 
 from stages.core.machine import machine
 from stages.sources import random_model
+from support.processes import wait_until
+from support.project import ROOT, Project, clone, left_behind, stages_that_ran
 
 pytestmark = pytest.mark.slow
 

@@ -6,13 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from stages import prepare
 from stages.core.errors import UserError
 from stages.core.settings import validate
 from stages.text.conversation import Conversation, read_conversations, write_conversations
 from stages.text.layouts import import_conversations
+from support.project import ROOT
 
 
 @pytest.fixture

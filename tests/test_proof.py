@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from tiny_models import EXACT, FAMILIES, checkpoint, exported, trained
 
 from stages.adapters.convert import convert
 from stages.answers import proof
 from stages.core.errors import UserError
 from stages.core.settings import Optimize
+from support.tiny_models import EXACT, FAMILIES, checkpoint, exported, trained
 
+pytestmark = pytest.mark.slow
 FAST = Optimize(execution_provider="cpu", accuracy_level=4)
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from conftest import ROOT, Project
 
 from lab.registry import register
 from lab.review import charts, command
@@ -20,6 +19,7 @@ from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, f
 from stages.core.errors import UserError
 from stages.core.settings import Gate
 from stages.scoring.predictions import MODELS, Parity, Prediction, Scores, as_jsonl
+from support.project import ROOT, Project
 
 
 def predictions(right: list[int]) -> list[Prediction]:

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors import SafetensorError
 
 from stages.core.errors import UserError
 from stages.core.files import write_json, written_beside
 from stages.core.running import one_line_errors
+from support.project import ROOT
 
 FULL = "the disk is full: free some space"
 MEMORY = "out of memory: close other programs"

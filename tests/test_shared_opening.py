@@ -4,11 +4,11 @@ from itertools import chain
 
 import pytest
 import torch
-from tiny_models import FAMILIES, checkpoint, tokens
 
 from stages.text.chats import NOT_LEARNED
 from stages.training.shared_prefix import opening_of, share_opening
 from stages.weights.checkpoint import load_dequantized
+from support.tiny_models import FAMILIES, checkpoint, tokens
 
 
 def packed(rows: list[list[int]], prompt: int) -> dict[str, torch.Tensor]:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Project, wait_until
 
 from stages.core.settings import validate
 from stages.training import checkpoints
 from stages.weights.checkpoint import load_dequantized, load_packed
+from support.processes import wait_until
+from support.project import Project
 
 pytestmark = pytest.mark.slow
 ADAPTER = "models/adapter/adapter_model.safetensors"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from os.path import isdir, isfile  # false, not an error, for what is no file name: too long, NUL
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -39,14 +40,15 @@ def option_values(text: str) -> Values:
     """Return what the option of GROUP=OPTION sets, by dotted names; nothing where there is no such file."""
     group, _, option = text.partition("=")
     file = CONF / group / f"{option}.yaml"
-    return {f"{group}.{key}": value for key, value in flat(values_of(text_of(file))).items()}
+    values = values_of(text_of(file)) if isfile(file) else {}
+    return {f"{group}.{key}": value for key, value in flat(values).items()}
 
 
 def parse(text: str) -> Override:
     """Return one override with one value. Raises `UserError` that says how to write it."""
     override = parse_plainly(text)
     if override.is_sweep_override():
-        raise UserError(f"-S {text}: several values need a queue: dvc exp run --queue -S '{text}'")
+        raise refused(text, f"several values need a queue: dvc exp run --queue -S '{text}'")
     return override
 
 
@@ -55,10 +57,16 @@ def parse_plainly(text: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
-        raise UserError(f"-S {text}: cannot be read: {way_out(text)}") from None
+        raise refused(text, f"cannot be read: {way_out(text)}") from None
     if not override.key_or_group:
-        raise UserError(f"-S {text}: cannot be read: {way_out(text)}")
+        raise refused(text, f"cannot be read: {way_out(text)}")
     return override
+
+
+def refused(text: str, reason: str) -> UserError:
+    """Return the refusal of an override in one line: a line break in it is written as an escape."""
+    line = f"-S {text}: {reason}"
+    return UserError("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 def check_form(override: Override) -> None:
@@ -66,18 +74,17 @@ def check_form(override: Override) -> None:
 
     `+experiment=quick` adds a group that the defaults have; in `finetune/rank=8` a slash stands for a dot.
     """
-    key, value = override.key_or_group, str(override.input_line).partition("=")[2]
-    is_group = (CONF / key).is_dir()
+    text, key = override.input_line, override.key_or_group
+    value = text.partition("=")[2]
+    is_group = isdir(CONF / key)
     if override.is_add() and not override.is_force_add() and (is_group or has(key)):
-        raise UserError(f"-S {override.input_line}: {key} exists already: write -S {key}={value}")
+        raise refused(text, f"{key} exists already: write -S {key}={value}")
     if "/" in key and not is_group:
         group, _, option = key.rpartition("/")
         dotted = key.replace("/", ".")
-        if (CONF / group / f"{option}.yaml").is_file():
-            raise UserError(f"-S {override.input_line}: write -S {group}={option}")
-        raise UserError(
-            f"-S {override.input_line}: {key} is not a group of conf/: write -S {dotted}={value}"
-        )
+        if isfile(CONF / group / f"{option}.yaml"):
+            raise refused(text, f"write -S {group}={option}")
+        raise refused(text, f"{key} is not a group of conf/: write -S {dotted}={value}")
 
 
 def has(key: str) -> bool:
@@ -90,7 +97,7 @@ def way_out(text: str) -> str:
     """Say how an override that Hydra cannot read is written."""
     key, equals, value = text.partition("=")
     group, _, option = text.partition("/")
-    if not equals and (CONF / group / f"{option}.yaml").is_file():
+    if not equals and isfile(CONF / group / f"{option}.yaml"):
         return f"write -S {group}={option}"
     if not equals or not key:
         return "write KEY=VALUE"
@@ -103,14 +110,14 @@ def way_out(text: str) -> str:
 def check_key(text: str, override: Override, known: list[str]) -> None:
     """Raise `UserError` for a key or an option of a group that conf/ does not have."""
     key = override.key_or_group
-    if (CONF / key).is_dir():
+    if isdir(CONF / key):
         check_option(key, override.value())
     elif (
         not (override.is_add() or override.is_delete()) and key not in known and key != "experiment"
     ):
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "see params.yaml for the keys"
-        raise UserError(f"-S {text}: {key} is not a key; {hint}")
+        raise refused(text, f"{key} is not a key; {hint}")
 
 
 def check_option(group: str, option: object) -> None:
@@ -118,4 +125,4 @@ def check_option(group: str, option: object) -> None:
     options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     for name in option if isinstance(option, list) else [option]:
         if name is not None and str(name) not in options:
-            raise UserError(f"-S {group}={name}: conf/{group} has {', '.join(options)}")
+            raise refused(f"{group}={name}", f"conf/{group} has {', '.join(options)}")

@@ -9,14 +9,16 @@ taken replaces the other's result without a word.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
-from lab.experiments.overrides import check_form, parse_plainly
+from lab.experiments.overrides import check_form, parse_plainly, refused
 from lab.git import git_output
 from stages.core.errors import UserError
 from stages.core.settings import PARAMS
@@ -68,7 +70,12 @@ def check_files(overrides: Sequence[Override], copied: Sequence[str] = ()) -> No
 def texts_of(override: Override) -> Iterator[str]:
     """Return the value of an override, or each of several."""
     if override.is_sweep_override():
-        yield from (text.strip("'\"") for text in override.sweep_string_iterator())
+        try:
+            yield from (text.strip("'\"") for text in override.sweep_string_iterator())
+        except HydraException:
+            raise refused(
+                override.input_line, "glob and interval list no values: write them, KEY=A,B"
+            ) from None
     else:
         yield str(override.value())
 
@@ -78,7 +85,7 @@ def is_known(path: Path) -> bool:
 
     One that does not exist is told elsewhere, and an absolute path means the same in every copy.
     """
-    if not path.exists() or path.is_absolute():
+    if not os.path.exists(path) or path.is_absolute():  # false for a name that is too long
         return True
     tracked = git_output("ls-files", "--", str(path), f"{path}.dvc")
     return bool(tracked)

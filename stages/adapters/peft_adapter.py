@@ -25,8 +25,9 @@ NOT_LORA = {
     "bias": "biases",
     "": "whole matrices (modules_to_save)",
 }
-# options of PEFT's that the tensors themselves show, or that only training reads; any other that is set
-# may mean that the same tensors are used in another way
+# options of PEFT's that the tensors themselves show, that `rank_and_scaling` reads, or that only training
+# reads; any other that is set may mean that the same tensors are used in another way. Not derived from
+# LoraConfig, whose import takes seconds of PyTorch, and which knows no option of a newer PEFT
 UNDERSTOOD = {
     "alpha_pattern",
     "auto_mapping",
@@ -60,10 +61,9 @@ UNDERSTOOD = {
     "task_type",
     "trainable_token_indices",
     "use_rslora",
-    "velora_config",
 }
 # how A and B may begin; every other way changes the base's weights too, which are not in the adapter
-INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def read_adapter(folder: Path) -> dict[str, Pair]:
@@ -113,7 +113,7 @@ def read_config(folder: Path) -> dict:
 def check_initialisation(config: dict, path: Path) -> None:
     """Raise `UserError` for PiSSA and the like: such an adapter belongs to a base that they changed."""
     way = config.get("init_lora_weights")
-    if way not in INITIALISATIONS:
+    if (way.lower() if isinstance(way, str) else way) not in INITIALISATIONS:  # as PEFT reads it
         raise UserError(
             f"{path}: init_lora_weights is {way!r}, which changes the base's weights too: save the "
             "adapter with PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA"

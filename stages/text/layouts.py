@@ -131,6 +131,10 @@ def parse_line(line: str) -> Row:
         raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise BadRow("is nested too deeply") from None
+    except BadRow:  # of the two hooks
+        raise
+    except ValueError as error:  # Python's limit for the digits of a whole number
+        raise BadRow(f"cannot be read: {error}") from None
     if not isinstance(columns, dict):
         raise BadRow(f"is {kind_of(columns)}, not a JSON object")
     return columns
@@ -165,7 +169,7 @@ def layout_of(path: Path, objects: dict[int, Row], data: Data) -> str:
     }
     if len(found) == 1:
         return found.pop()
-    keys = ", ".join(sorted({key for row in objects.values() for key in row})[:12])
+    keys = names_of(sorted({key for row in objects.values() for key in row})[:12])
     known = "; ".join(f"{layout}: {', '.join(keys)}" for layout, keys in wanted.items())
     fits = " and ".join(sorted(found)) or "none"
     raise UserError(
@@ -208,8 +212,8 @@ def tools_of(columns: Row) -> list[Row]:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except ValueError:
-            raise BadRow("'tools' is a text that is not JSON") from None
+        except (ValueError, RecursionError):
+            raise BadRow("'tools' is a text that is not JSON, or is nested too deep") from None
     if not tools:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -342,7 +346,7 @@ def fill(template: str, columns: Row, name: str) -> str:
     for before, column in parts_of(template):
         text += before
         if column is not None and column not in columns:
-            named = ", ".join(columns) or "none"
+            named = names_of(columns) or "none"
             raise BadRow(f"has no column {column!r}, which {name} names (columns: {named})")
         if column is not None:
             value = columns[column]
@@ -373,6 +377,11 @@ def label(value: Any, name: str) -> str | None:
     if not isinstance(value, str):
         raise BadRow(f"{name} is {kind_of(value)}, neither a text nor a whole number")
     return text_of(value, name)
+
+
+def names_of(keys: Iterable[str]) -> str:
+    """Return keys beside each other; a line break or half a character in one is written as an escape."""
+    return ", ".join(key if key.isprintable() else repr(key) for key in keys)
 
 
 def kind_of(value: Any) -> str:

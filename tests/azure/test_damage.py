@@ -4,7 +4,8 @@ import json
 
 import pytest
 import yaml
-from blob_service import lab
+
+from support.blob_service import lab
 
 pytestmark = pytest.mark.azure
 

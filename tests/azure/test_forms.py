@@ -5,12 +5,12 @@ from urllib.parse import urlencode
 
 import pytest
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
-from azureml import cloud as azure
-from blob_service import Container, account_sas, lab
 
+from azureml import cloud as azure
 from lab.remote import azurite as emulator
 from lab.remote import sas
 from stages.core.errors import UserError
+from support.blob_service import Container, account_sas, lab
 
 pytestmark = pytest.mark.azure
 

@@ -8,7 +8,9 @@ import sys
 import psutil
 import pytest
 import yaml
-from conftest import Project, left_behind, wait_until
+
+from support.processes import wait_until
+from support.project import Project, left_behind
 
 pytestmark = [pytest.mark.azure, pytest.mark.slow, pytest.mark.longest]
 LONG = ["fetch", "quantize", "finetune", "optimize", "evaluate"]  # take seconds of CPU time

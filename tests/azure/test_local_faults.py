@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from blob_service import Container, lab, settings, start, wait_until
-from conftest import output_of
+
+from support.blob_service import Container, lab, settings, start, wait_until
+from support.processes import output_of
 
 pytestmark = pytest.mark.azure
 IN_SMALL_CACHE = """

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from blob_service import Container, Project, cloned, lab, new_container
-from conftest import stages_that_ran
+
+from support.blob_service import Container, Project, cloned, lab, new_container
+from support.project import stages_that_ran
 
 pytestmark = [pytest.mark.azure, pytest.mark.slow, pytest.mark.longest]
 MORE_TRAINING = ["-S", "finetune.max_steps=3"]

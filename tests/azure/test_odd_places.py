@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from blob_service import Container, Project, cloned, lab, settings
-from conftest import stages_that_ran
+
+from support.blob_service import Container, Project, cloned, lab, settings
+from support.project import stages_that_ran
 
 pytestmark = pytest.mark.azure
 

@@ -5,11 +5,11 @@ import subprocess
 import time
 
 import pytest
-from blob_service import lab
 
 from lab import doctor
 from lab.git import git_output
 from stages.core.errors import UserError
+from support.blob_service import lab
 
 pytestmark = pytest.mark.azure
 

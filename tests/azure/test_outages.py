@@ -9,7 +9,14 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from blob_service import (
+
+from lab.remote import azurite as emulator
+from lab.remote import unreachable
+from lab.remote import watched_dvc as lab_dvc
+from lab.remote.blob import NoContainer, Remote
+from lab.remote.reach import TIMEOUT, need_answer
+from stages.core.errors import UserError
+from support.blob_service import (
     BYTES,
     FILES,
     Container,
@@ -21,14 +28,7 @@ from blob_service import (
     start,
     wait_until,
 )
-from conftest import output_of
-
-from lab.remote import azurite as emulator
-from lab.remote import unreachable
-from lab.remote import watched_dvc as lab_dvc
-from lab.remote.blob import NoContainer, Remote
-from lab.remote.reach import TIMEOUT, need_answer
-from stages.core.errors import UserError
+from support.processes import output_of
 
 pytestmark = pytest.mark.azure
 

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from azureml import cloud as azure
-from blob_service import account_sas, free_port, lab
-from conftest import HANGS, Project
 
+from azureml import cloud as azure
 from lab.remote import azurite as emulator
+from support.blob_service import account_sas, free_port, lab
+from support.processes import HANGS
+from support.project import Project
 
 pytestmark = pytest.mark.azure
 SETUP = ["remote", "setup", "--account", "somelab", "--sign-in", "connection-string"]

@@ -28,13 +28,13 @@ from azure.storage.blob import (
 )
 
 from lab.remote import azurite
+from support.project import ROOT
 
 from . import certificates, service
 from .machine import Machines
 from .relay import Relay
 from .service import Service
 
-ROOT = Path(__file__).resolve().parents[2]
 STORE = "labworkspacestore"  # the workspace's own storage account
 REMOTE = "labremotestore"  # the DVC remote's
 KEY = "c2VjcmV0IG9mIHRoZSB0ZXN0cywgb3BlbnMgbm90aGluZyBlbHNlIQ=="

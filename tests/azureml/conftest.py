@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import Project
+
+from support.project import Project
 
 from .cloud import REMOTE, Cloud, started
 

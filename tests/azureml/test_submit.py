@@ -9,7 +9,9 @@ import time
 
 import pytest
 import yaml
-from conftest import stages_that_ran, wait_until
+
+from support.processes import wait_until
+from support.project import stages_that_ran
 
 from .cloud import REMOTE
 from .conftest import files_of

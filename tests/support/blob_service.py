@@ -32,10 +32,11 @@ from azure.storage.blob import (
     ResourceTypes,
     generate_account_sas,
 )
-from conftest import ROOT, Project, output_of
 
 from lab.remote import azurite as emulator
 from stages.core.errors import UserError
+from support.processes import output_of
+from support.project import ROOT, Project
 
 if TYPE_CHECKING:
     from azureml.cloud import Cloud

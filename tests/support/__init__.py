@@ -1,0 +1,1 @@
+"""What tests share: clones of the working tree, commands in them, tiny models, a Blob service."""
