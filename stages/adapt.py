@@ -22,7 +22,7 @@ ONNX_ADAPTER = Path("models/onnx_adapter")
 COST = Path("metrics/speed/adapt.json")
 
 
-def adapt(settings: Settings) -> str:
+def adapt(_: Settings) -> str:
     """Read the adapter, lay it out as the graph wants it, prove that it does what PEFT does, save."""
     from stages.answers.proof import (
         prove_adapter,  # `lab adapt` needs no PyTorch, which takes seconds

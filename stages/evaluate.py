@@ -60,7 +60,7 @@ def evaluate(settings: Settings) -> str:
         for prompt, answer in zip(prompts, answers["adapter"], strict=True)
     ]
     torch_model = parity.load(QUANTIZED, PEFT_ADAPTER)
-    verdicts = parity.compare(torch_model, texts, options.batch_size, model.rope_switch)
+    verdicts = parity.compare(torch_model, texts, options.batch_size, model.limits)
     metrics |= parity.summarize(verdicts)
     metrics["long_prompt_perplexity_torch"] = parity.perplexity(torch_model, long_prompt)
 

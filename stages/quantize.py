@@ -62,7 +62,7 @@ def check(options: Quantize, config: PretrainedConfig) -> None:
     """Raise before any work when the model and the settings do not fit."""
     if unknown := set(options.eight_bit_modules) - set(projections(config)):
         raise UserError(
-            f"quantize.eight_bit_modules has {sorted(unknown)[0]!r}: "
+            f"quantize.eight_bit_modules has {min(unknown)!r}: "
             f"must be some of {', '.join(projections(config))}"
         )
     check_group_size(config, options.group_size)

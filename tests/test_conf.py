@@ -218,7 +218,7 @@ def test_the_digest_changes_with_every_edit_and_only_then(tmp_path):
     for edit in (
         lambda: (conf / "model/tiny.yaml").write_bytes(b"# edited\n"),
         lambda: (conf / "model/tiny.yaml").rename(conf / "model/small.yaml"),
-        lambda: (conf / "model/small.yaml").unlink(),
+        (conf / "model/small.yaml").unlink,
     ):
         edit()
         digests.append(digest(conf))

@@ -3,6 +3,7 @@
 import pytest
 
 from stages.answers import parity
+from stages.answers.limits import Limits
 from stages.scoring.predictions import Parity
 from stages.weights.checkpoint import load_dequantized
 from support.tiny_models import FAMILIES, checkpoint, greedy, tokens
@@ -29,7 +30,7 @@ def diverging(answer: list[int], at: int) -> list[int]:
 
 def verdicts(model, *answers: list[int]) -> list[Parity]:
     """The verdicts on several answers of different lengths, read in one batch."""
-    return parity.compare(model, [(PROMPT, answer) for answer in answers], batch_size=len(answers))
+    return parity.compare(model, [(PROMPT, answer) for answer in answers], len(answers), Limits())
 
 
 def test_the_same_answer_is_identical(model, answer):
@@ -49,13 +50,13 @@ def test_an_answer_across_a_change_of_rotation_is_read_as_it_was_written(tmp_pat
     model = load_dequantized(checkpoint(tmp_path / "phi3", FAMILIES["phi3-longrope"]))
     prompts = [tokens(length) for length in (60, 40)]
     texts = [(prompt, greedy(model, prompt, 10)) for prompt in prompts]
-    assert parity.compare(model, texts, batch_size=2, rope_switch=64) == [SAME, SAME]
+    assert parity.compare(model, texts, 2, Limits(rope_switch=64)) == [SAME, SAME]
 
 
 def test_the_share_and_the_widest_gap_cover_all_answers(finished, answer):
     model = parity.load(finished.root / "models/quantized", finished.root / "models/adapter")
     texts = [(PROMPT, diverging(answer, 1)), (PROMPT, answer[:3])]
-    verdicts = parity.compare(model, texts, batch_size=2)
+    verdicts = parity.compare(model, texts, 2, Limits())
     found = parity.summarize(verdicts)
     assert found["widest_divergence"] == verdicts[0].logit_gap > 0
     assert found["identical_answers"] in (0.0, 0.5)  # the adapter may change the short answer

@@ -29,7 +29,7 @@ VARIABLES = (
     "AZUREML_ARM_WORKSPACE_NAME",
 )
 URL = re.compile(
-    r"azureml://subscriptions/([^/]+)/resourcegroups/([^/]+)/workspaces/([^/]+)/?", re.I
+    r"azureml://subscriptions/([^/]+)/resourcegroups/([^/]+)/workspaces/([^/]+)/?", re.IGNORECASE
 )
 HOW = (
     "set AZUREML_ARM_SUBSCRIPTION, AZUREML_ARM_RESOURCEGROUP and AZUREML_ARM_WORKSPACE_NAME, or put "

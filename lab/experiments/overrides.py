@@ -74,7 +74,7 @@ def check_form(override: Override) -> None:
 
     `+experiment=quick` adds a group that the defaults have; in `finetune/rank=8` a slash stands for a dot.
     """
-    text, key = override.input_line, override.key_or_group
+    text, key = str(override.input_line), override.key_or_group
     value = text.partition("=")[2]
     is_group = isdir(CONF / key)
     if override.is_add() and not override.is_force_add() and (is_group or has(key)):

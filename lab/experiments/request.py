@@ -74,7 +74,7 @@ def texts_of(override: Override) -> Iterator[str]:
             yield from (text.strip("'\"") for text in override.sweep_string_iterator())
         except HydraException:
             raise refused(
-                override.input_line, "glob and interval list no values: write them, KEY=A,B"
+                str(override.input_line), "glob and interval list no values: write them, KEY=A,B"
             ) from None
     else:
         yield str(override.value())

@@ -96,8 +96,10 @@ class Speaker:
         self.tokenizer = LightTokenizer(folder)
 
     def say(self, messages: Messages, adapter: str | None, max_new_tokens: int) -> str:
-        """Stream the answer to the terminal and return it; the whole conversation is read again, so that no
-        adapter ever continues from another's keys and values."""
+        """Stream the answer to the terminal and return it.
+
+        The whole conversation is read again, so that no adapter continues from another's keys and values.
+        """
         prompt = self.prompt_ids(self.tokenizer, messages)
         stream, token = TextStream(self.tokenizer), None
         for token in self.model.stream(prompt, max_new_tokens, adapter):

@@ -35,7 +35,7 @@ class LightTokenizer:
         try:
             self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except Exception as error:  # the Rust library raises plain Exception
+        except Exception as error:  # noqa: BLE001  # the Rust library raises plain Exception
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from None
         self.special_tokens_map = {
@@ -122,7 +122,7 @@ def compiled(template: str) -> Template:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # noqa: DTZ005  # the user's own day
     return environment.from_string(template)
 
 

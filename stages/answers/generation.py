@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 import psutil
 
+from stages.answers.limits import Limits
 from stages.core.errors import UserError
 from stages.core.machine import usable_cores
 
@@ -52,7 +53,7 @@ def open_model(folder: Path, graph: str) -> og.Model:
         config = og.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": decoder}}))
         return og.Model(config)
-    except Exception as error:  # the binding raises plain Exception
+    except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
         reason = plain(error)
         if re.search(DAMAGED, reason):
             raise UserError(
@@ -78,12 +79,6 @@ def refuse_links(folder: Path) -> None:
             )
 
 
-def read_limits(folder: Path) -> dict[str, int | None]:
-    """Return what the exported graphs need to be told, beyond genai_config.json; nothing in other folders."""
-    path = folder / "limits.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rope_switch": None}
-
-
 class OnnxModel:
     """An ONNX Runtime GenAI model with adapters loaded beside it; tokens in, tokens out, greedily."""
 
@@ -93,7 +88,7 @@ class OnnxModel:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context_length = config["context_length"]
         self._pad = config["pad_token_id"]
-        self.rope_switch = read_limits(folder)["rope_switch"]
+        self.limits = Limits.read(folder)
         ends = config["eos_token_id"]  # one, or several: any of them ends an answer
         self.ends = set(ends) if isinstance(ends, list) else {ends}
         if adapters:
@@ -107,7 +102,7 @@ class OnnxModel:
             raise UserError(f"adapter {name}: {file} {wrong}")
         try:
             self._adapters.load(str(file), name)
-        except Exception:  # the binding raises plain Exception, with a C++ signature for a message
+        except Exception:  # noqa: BLE001  # the binding raises plain Exception, with a C++ signature for a message
             raise UserError(
                 f"adapter {name}: {file} is not an ONNX Runtime adapter, or is damaged: "
                 "`lab adapt PEFT_DIR` makes one, `dvc checkout --force` brings ours back"
@@ -119,7 +114,7 @@ class OnnxModel:
         generator = self.generator(2, name)
         try:
             generator.append_tokens(np.array([[0]], dtype=np.int32))
-        except Exception as error:  # the binding raises plain Exception
+        except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
             raise UserError(
                 f"adapter {name}: {file} is not made for this model ({plain(error)}): "
                 "convert it for this one with `lab adapt PEFT_DIR --model FOLDER`"
@@ -174,7 +169,7 @@ class OnnxModel:
         self.check_lengths(len(prompts[0]), max_new_tokens)
         texts = [list(prompt) for prompt in prompts]
         ended: set[int] = set()
-        for length in self._stretches(len(prompts[0]), max_new_tokens):
+        for length in self.limits.stretches(len(prompts[0]), max_new_tokens):
             generator = self.generator(length, adapter, batch_size=len(prompts))
             generator.append_tokens(np.array(texts, dtype=np.int32))
             while len(texts[0]) < length and len(ended) < len(texts):
@@ -184,21 +179,6 @@ class OnnxModel:
                     texts[row].append(token)
                 ended |= {row for row, token in enumerate(tokens) if token in self.ends}
                 yield tokens
-
-    def _stretches(self, prompt: int, new_tokens: int) -> list[int]:
-        """Return up to which lengths, in tokens, to generate with one cache.
-
-        A longrope model turns keys by other factors once a text is longer than its switch. The keys in the
-        cache have the old ones, so an answer that crosses the switch is read again from there, as PyTorch
-        does. The last token of a stretch is made from the text before it, and not read itself.
-        """
-        end = prompt + new_tokens
-        if new_tokens == 0:
-            return []
-        switch = self.rope_switch
-        if switch is None or not prompt <= switch < end - 1:
-            return [end]
-        return [switch + 1, end]
 
     def generate(
         self, prompt: list[int], max_new_tokens: int, adapter: str | None = None
@@ -251,11 +231,10 @@ class OnnxModel:
         Shorter rows are filled up with any token but the padding one, which the runtime treats differently.
         Rows on both sides of a longrope switch are read one by one: a batch is turned as its longest row is.
         """
-        if self.rope_switch is not None and len(prompts) > 1:
-            lengths = [len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True)]
-            if min(lengths) <= self.rope_switch <= max(lengths):
-                pairs = zip(prompts, answers, strict=True)
-                return [self.negative_log_likelihood(p, a, adapter) for p, a in pairs]
+        lengths = [len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True)]
+        if self.limits.divide(lengths):
+            pairs = zip(prompts, answers, strict=True)
+            return [self.negative_log_likelihood(p, a, adapter) for p, a in pairs]
         rows = [(p + a)[:-1] for p, a in zip(prompts, answers, strict=True)]
         longest = max(map(len, rows))
         filler = int(self._pad == 0)

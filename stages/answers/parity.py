@@ -1,4 +1,4 @@
-"""Parity: does the ONNX model with its adapter answer as PyTorch with PEFT does?
+"""Parity: whether the ONNX model with its adapter answers as PyTorch with PEFT does.
 
 PyTorch reads each ONNX answer once, all tokens in one forward pass. Where its own greedy choice is the next
 token all the way, its greedy answer would have been the same. Else the first token where it is not is the
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from stages.answers.limits import Limits
 from stages.scoring.predictions import Parity
 from stages.weights.checkpoint import load_dequantized
 
@@ -28,15 +29,13 @@ def load(checkpoint: Path, adapter: Path) -> PeftModel:
 
 
 @torch.no_grad()
-def compare(
-    model: PeftModel, texts: list[Text], batch_size: int, rope_switch: int | None = None
-) -> list[Parity]:
+def compare(model: PeftModel, texts: list[Text], batch_size: int, limits: Limits) -> list[Parity]:
     """Return, for every answer, whether PyTorch would have given it, in the order of `texts`."""
     by_length = sorted(range(len(texts)), key=lambda n: len(texts[n][0]) + len(texts[n][1]))
     verdicts: dict[int, Parity] = {}
     for first in tqdm(range(0, len(by_length), batch_size), desc="parity", unit="batch"):
         batch = by_length[first : first + batch_size]
-        read = answer_logits(model, [texts[number] for number in batch], rope_switch)
+        read = answer_logits(model, [texts[number] for number in batch], limits)
         for number, logits in zip(batch, read, strict=True):
             verdicts[number] = first_divergence(logits, texts[number][1])
     return [verdicts[number] for number in range(len(texts))]
@@ -51,16 +50,14 @@ def summarize(verdicts: list[Parity]) -> dict[str, float]:
     }
 
 
-def answer_logits(
-    model: torch.nn.Module, texts: list[Text], rope_switch: int | None = None
-) -> list[torch.Tensor]:
+def answer_logits(model: torch.nn.Module, texts: list[Text], limits: Limits) -> list[torch.Tensor]:
     """Return PyTorch's logits before every token of each answer, [answer, vocabulary] each.
 
     Shorter rows are padded behind their end, which a causal model never looks at.
     """
     rows = [torch.tensor(prompt + answer) for prompt, answer in texts]
-    if rope_switch is not None and max(map(len, rows)) > rope_switch:
-        logits = (logits_as_written(model, row.to(model.device), rope_switch) for row in rows)
+    if not limits.reach(max(map(len, rows))):
+        logits = (logits_as_written(model, row.to(model.device), limits) for row in rows)
         return [read[len(prompt) - 1 : -1] for read, (prompt, _) in zip(logits, texts, strict=True)]
     padded = pad_sequence(rows, batch_first=True).to(model.device)
     first = min(len(prompt) for prompt, _ in texts) - 1
@@ -72,17 +69,18 @@ def answer_logits(
     ]
 
 
-def logits_as_written(model: torch.nn.Module, row: torch.Tensor, rope_switch: int) -> torch.Tensor:
+def logits_as_written(model: torch.nn.Module, row: torch.Tensor, limits: Limits) -> torch.Tensor:
     """Return a longrope model's logits, [tokens, vocabulary], as it has them while it writes the row.
 
     Up to the switch, in tokens, a text is turned by the short factors; one longer than that, all of it, by
     the long ones.
     """
-    near = model(row[None, :rope_switch], use_cache=False).logits[0].float()
-    if len(row) <= rope_switch:
+    switch = limits.rope_switch
+    near = model(row[None, :switch], use_cache=False).logits[0].float()
+    if limits.reach(len(row)):
         return near
     far = model(row[None], use_cache=False).logits[0].float()
-    return torch.cat((near, far[rope_switch:]))
+    return torch.cat((near, far[switch:]))
 
 
 def first_divergence(logits: torch.Tensor, answer: list[int]) -> Parity:

@@ -19,7 +19,7 @@ chosen_gpu = ""  # which of several this stage uses, in words
 
 def begin() -> None:
     """Make the process die with its DVC, see one GPU, and end quietly at Ctrl-C while it imports."""
-    global chosen_gpu
+    global chosen_gpu  # noqa: PLW0603  # one process, one stage
     die_with_dvc()
     chosen_gpu = use_one_gpu()
     gc.disable()  # what is imported stays to the end: `run` turns it on again

@@ -128,6 +128,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def leaves_something_to_train_on(self) -> Data:
+        """Refuse shares that leave no row to train on."""
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share must be below 1")
         return self
@@ -153,6 +154,7 @@ class Quantize(Section):
     @field_validator("group_size")
     @classmethod
     def is_a_block_of_the_kernel(cls, size: int) -> int:
+        """Refuse group sizes that no kernel computes with."""
         if size not in (16, 32, 64, 128, 256):
             raise ValueError("must be 16, 32, 64, 128 or 256")
         return size
@@ -160,6 +162,7 @@ class Quantize(Section):
     @field_validator("eight_bit_modules")
     @classmethod
     def keeps_attention_together(cls, names: list[str]) -> list[str]:
+        """Refuse a part of q, k and v, which the graph fuses."""
         if 0 < len({"q_proj", "k_proj", "v_proj"} & set(names)) < 3:
             raise ValueError("must name q_proj, k_proj and v_proj together: the graph fuses them")
         return names
@@ -196,6 +199,7 @@ class Optimize(Section):
 
     @model_validator(mode="after")
     def has_kernels(self) -> Optimize:
+        """Refuse accuracy levels that the provider does not have."""
         if (self.execution_provider == "cpu") != (self.accuracy_level is not None):
             raise ValueError("optimize.accuracy_level must be 1 or 4 on the cpu, null on cuda")
         return self
@@ -219,6 +223,7 @@ class Gate(Section):
 
     @model_validator(mode="after")
     def asks_for_something_possible(self) -> Gate:
+        """Refuse a gate that asks for nothing, or for nothing possible."""
         low, high = self.minimum, self.maximum
         if low is not None and high is not None and low > high:
             raise ValueError("minimum must not be above maximum")

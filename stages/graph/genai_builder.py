@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from stages.adapters.lora_inputs import BASE_MODULES, FUSED
+from stages.answers.limits import Limits
 from stages.core.errors import UserError
 from stages.graph.packed_embedding import (
     HEAD,
@@ -36,7 +37,6 @@ from stages.graph.packed_embedding import (
 )
 
 GRAPH = "model.onnx"
-LIMITS = "limits.json"
 
 
 class GenaiBuilder(Pass):
@@ -69,8 +69,7 @@ class GenaiBuilder(Pass):
                     shutil.move(file, folder)
         finish(folder / GRAPH, embedding, modules, windows(source))
         keep_every_position(folder / "genai_config.json")
-        limits = {"rope_switch": rope_switch(source)}
-        (folder / LIMITS).write_text(json.dumps(limits) + "\n", encoding="utf-8")
+        Limits(rope_switch(source)).write(folder)
         return ONNXModelHandler(folder, onnx_file_name=GRAPH)
 
 
@@ -204,8 +203,10 @@ def rope_switch(checkpoint: Path) -> int | None:
 def finish(
     path: Path, embedding: PackedEmbedding | None, modules: list[str], looks_back: list[int]
 ) -> None:
-    """Put into a saved graph what the builder leaves out: sliding windows, the packed embedding, and the
-    names of the base's modules."""
+    """Put into a saved graph what the builder leaves out.
+
+    That are the sliding windows, the packed embedding, and the names of the base's modules.
+    """
     model = ir.load(path)
     # the builder adds the commit of the repository around its own package: ours, where .venv lies in it
     model.producer_version = (model.producer_version or "").partition("+")[0]

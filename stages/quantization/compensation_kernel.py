@@ -17,7 +17,16 @@ HALF_TO_EVEN = tl.constexpr(1.5 * 2**23)
 
 @triton.jit
 def round_tile(  # type: ignore[no-untyped-def]  # Triton reads pointers and constants, no types
-    block, factor, step, zero, rounded, error, rows, top, SIZE: tl.constexpr, TILE: tl.constexpr
+    block,
+    factor,
+    step,
+    zero,
+    rounded,
+    error,
+    rows,
+    top,
+    SIZE: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
 ):
     """Round the columns of TILE rows of block, [SIZE, rows]; write them and their errors."""
     column = tl.arange(0, SIZE)

@@ -22,9 +22,9 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor, label: str) -> floa
     device = next(model.parameters()).device
     total = 0.0
     for row in tqdm(tokens, desc=f"perplexity ({label})", unit="seq"):
-        row = row.to(device)
-        logits = model(row[None]).logits[0, :-1].float()
-        total += cross_entropy(logits, row[1:], reduction="sum").item()
+        on_device = row.to(device)
+        logits = model(on_device[None]).logits[0, :-1].float()
+        total += cross_entropy(logits, on_device[1:], reduction="sum").item()
     return math.exp(total / tokens[:, 1:].numel())
 
 

@@ -141,7 +141,7 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
 
 
 @lru_cache(maxsize=4)
-def _encoder(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatEncoder:
+def _encoder(tokenizer: PreTrainedTokenizerBase, _template: str) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
@@ -425,7 +425,7 @@ class ChatEncoder:
                 add_generation_prompt=prompt,
                 **tools,
             )
-        except Exception as error:  # jinja2's, and what a template's expressions raise
+        except Exception as error:  # noqa: BLE001  # jinja2's, and what a template's expressions raise
             reason = " ".join(str(error).split())
             raise refusal(row, f"the model's chat template refuses it: {reason}") from None
 

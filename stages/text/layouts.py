@@ -249,7 +249,7 @@ def from_columns(columns: Row, data: Data) -> list[Turn]:
     return exchange(prompt, fill(data.response, columns, "data.response"))
 
 
-def from_alpaca(columns: Row, data: Data) -> list[Turn]:
+def from_alpaca(columns: Row, _: Data) -> list[Turn]:
     """Join instruction and input, where there is one, by an empty line; `history` stands before them."""
     turns: list[Turn] = []
     history = columns.get("history") or []
@@ -264,12 +264,12 @@ def from_alpaca(columns: Row, data: Data) -> list[Turn]:
     return turns + exchange("\n\n".join(parts), text_of(columns.get("output"), "'output'"))
 
 
-def from_messages(columns: Row, data: Data) -> list[Turn]:
+def from_messages(columns: Row, _: Data) -> list[Turn]:
     """Read turns of role and content."""
     return list(read_turns(columns, "messages", "role", "content", ROLES))
 
 
-def from_sharegpt(columns: Row, data: Data) -> list[Turn]:
+def from_sharegpt(columns: Row, _: Data) -> list[Turn]:
     """Read turns of from and value."""
     return list(read_turns(columns, "conversations", "from", "value", SHAREGPT_ROLES))
 

@@ -93,7 +93,7 @@ def check_targets(model: torch.nn.Module, options: Finetune) -> None:
         unknown := set(options.target_modules) - set(linears)
     ):
         raise UserError(
-            f"finetune.target_modules has {sorted(unknown)[0]!r}: "
+            f"finetune.target_modules has {min(unknown)!r}: "
             f"must be all-linear or some of {', '.join(linears)}"
         )
 

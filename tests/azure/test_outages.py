@@ -186,7 +186,7 @@ def test_a_remote_that_is_off(command, laptop, container, dead_port):
 
 def test_a_remote_is_given_up_after_two_silences_in_a_row_not_after_one(monkeypatch):
     answers = iter([False, True, False, False])
-    monkeypatch.setattr(lab_dvc, "answers", lambda _: next(answers))
+    monkeypatch.setattr(lab_dvc, "answers", lambda *_: next(answers))
     monkeypatch.setattr(lab_dvc, "give_up", lambda _: sys.exit())
     monkeypatch.setattr(lab_dvc, "PAUSE", 0)
     for name in ("QUIET", "PATIENCE"):

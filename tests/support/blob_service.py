@@ -61,7 +61,7 @@ import random, sys, time
 from pathlib import Path
 import yaml
 from stages.core.parent import die_with_dvc
-from stages.core.running import written_beside
+from stages.core.files import written_beside
 
 die_with_dvc()  # as stages/__init__.py does for a real stage
 settings = yaml.safe_load(Path("params.yaml").read_text())
