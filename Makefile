@@ -101,7 +101,7 @@ test-azure: setup ## run the tests of the Blob remote and its faults, on loopbac
 
 test-azureml: setup ## run the tests of Azure ML: jobs, models, catalogue, on loopback (Node.js)
 	@$(BIN)/python -m lab.remote.azurite install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal tests/azureml $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --maxschedchunk 1 --durations 30 tests/azureml $(PYTEST_ARGS)
 
 azurite: setup ## start a Blob emulator on this machine and point DVC at it (Node.js)
 	@$(BIN)/python -m lab.remote.azurite start

@@ -101,5 +101,7 @@ def remember(job: str) -> str:
         head = git_output("rev-parse", "--verify", "HEAD")
     except UserError:
         raise UserError("git has no commit here: commit first") from None
+    # without it, a file with a new date and the old content makes `git stash create` fail without a word
+    git_output("update-index", "-q", "--refresh")
     git_output("update-ref", f"refs/lab/{job}", git_output("stash", "create") or head)
     return head

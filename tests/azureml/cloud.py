@@ -37,6 +37,7 @@ from .service import Service
 
 STORE = "labworkspacestore"  # the workspace's own storage account
 REMOTE = "labremotestore"  # the DVC remote's
+CONTAINER = "olive-lab"  # and the container in it
 KEY = "c2VjcmV0IG9mIHRoZSB0ZXN0cywgb3BlbnMgbm90aGluZyBlbHNlIQ=="
 SECRET = "the laptop's own"
 CLUSTER = "gpu-cluster"
@@ -99,10 +100,9 @@ class Cloud:
         return {**self.network, **self.signed_in, **self.workspace}
 
     @property
-    def denied_at(self) -> float | None:
-        """When Azure, or a cut network, first said no to what was asked for last; None if it never did."""
-        denials = [*self.relay.denied.values(), *self.service.denied.values()]
-        return denials[-1] if denials else None
+    def denials(self) -> int:
+        """How often Azure, or a cut network, said no to one and the same request."""
+        return max([0, *self.relay.denied.values(), *self.service.denied.values()])
 
     def blobs(self, account: str) -> BlobServiceClient:
         """Return a client of a storage account, past relay and sign-in."""
@@ -117,11 +117,10 @@ class Cloud:
         """The container of the workspace's default datastore."""
         return self.blobs(STORE).get_container_client("workspaceblobs")
 
-    def remote_container(self) -> str:
-        """Make a container for a DVC remote; return its name."""
-        name = f"olive-lab-{uuid.uuid4().hex[:8]}"
-        self.blobs(REMOTE).create_container(name)
-        return name
+    @property
+    def remote(self) -> ContainerClient:
+        """The container of the DVC remote."""
+        return self.blobs(REMOTE).get_container_client(CONTAINER)
 
     def reset(self) -> None:
         """Forget what a test left behind."""
@@ -130,8 +129,9 @@ class Cloud:
         self.relay.refused.clear()
         self.relay.denied.clear()
         self.relay.mend()
-        for name in list(self.datastore.list_blob_names()):
-            self.datastore.delete_blob(name)
+        for container in (self.datastore, self.remote):
+            for name in list(container.list_blob_names()):
+                container.delete_blob(name)
         furnish(self)
 
     def with_sas(self, uri: str) -> str:
@@ -189,6 +189,7 @@ def started(folder: Path) -> Iterator[Cloud]:
         where = dict.fromkeys(HOSTS[:-1], fake.port) | {HOSTS[-1]: port}
         cloud = Cloud(fake, Relay(where), certificate, port, folder)
         cloud.datastore.create_container()
+        cloud.remote.create_container()
         furnish(cloud)
         yield cloud
         cloud.machines.wait()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from support.processes import HANGS
 from support.project import Project
 
-from .cloud import REMOTE, Cloud, started
+from . import warm
+from .cloud import CONTAINER, REMOTE, Cloud, started
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,14 @@ class Laptop(Project):
     def environment(self) -> dict[str, str]:
         own = {k: v for k, v in super().environment.items() if not k.startswith("AZURE")}
         return {**own, "HOME": str(self.root.parent / f"{self.root.name}.home"), **self.azure}
+
+    def python(self, *words: str, exits: int = 0) -> str:
+        """Run `python -m ...` in the clone, as a process that has the large packages already."""
+        output = self.root.with_name(f"{self.root.name}.{uuid.uuid4().hex}.log")
+        code = warm.python(words, self.root, self.environment, output, HANGS)
+        said = output.read_text(encoding="utf-8")
+        assert code == exits, f"{' '.join(words)}: {code}\n{said}"
+        return said
 
     def lab(self, *words: str, **options) -> str:
         """Run `lab ...` in the clone."""
@@ -39,6 +50,7 @@ class Laptop(Project):
 def sky(tmp_path_factory) -> Iterator[Cloud]:
     """Azure, started once for each of pytest's workers."""
     with started(tmp_path_factory.mktemp("cloud") / "azure") as cloud:
+        warm.start(cloud.network)
         yield cloud
 
 
@@ -52,16 +64,24 @@ def cloud(sky) -> Iterator[Cloud]:
     assert sky.service.unknown == []
 
 
+@pytest.fixture(scope="session")
+def with_remote(once, finished) -> Project:
+    """A clone after a full run whose committed settings name the DVC remote. Only read it."""
+
+    def settle(root: Path) -> None:
+        project = finished.copy(root)
+        project.dvc("remote", "modify", "azure", "account_name", REMOTE)
+        project.dvc("remote", "modify", "azure", "url", f"azure://{CONTAINER}")
+        project.dvc("remote", "default", "azure")
+        project.commit()
+
+    return Project(once("with_remote", settle))
+
+
 @pytest.fixture
-def laptop(finished, cloud, tmp_path) -> Laptop:
-    """A clone after a full run, on a machine that is signed in, with a DVC remote of its own."""
-    project = finished.copy(tmp_path / "laptop")
-    laptop = Laptop(project.root, cloud.laptop)
-    laptop.dvc("remote", "modify", "azure", "account_name", REMOTE)
-    laptop.dvc("remote", "modify", "azure", "url", f"azure://{cloud.remote_container()}")
-    laptop.dvc("remote", "default", "azure")
-    laptop.commit()
-    return laptop
+def laptop(with_remote, cloud, tmp_path) -> Laptop:
+    """A clone after a full run, on a machine that is signed in."""
+    return Laptop(with_remote.copy(tmp_path / "laptop").root, cloud.laptop)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ class Machines:
         self.free.wait()
         process = self.processes[name] = self.begin(job, home)
         while process.poll() is None:
-            time.sleep(0.5)
+            time.sleep(0.2)
             log.upload_blob((home / "log.txt").read_bytes(), overwrite=True)
         log.upload_blob((home / "log.txt").read_bytes(), overwrite=True)
         self.upload_outputs(job, home)

@@ -12,7 +12,7 @@ import select
 import socket
 import socketserver
 import threading
-import time
+from collections import Counter
 from urllib.parse import urlsplit
 
 
@@ -30,7 +30,9 @@ class Relay(socketserver.ThreadingTCPServer):
         self.reached: set[str] = set()
         self.refused: set[str] = set()
         self.down: set[str] = set()  # patterns of hosts that the network has lost
-        self.denied: dict[str, float] = {}  # host: when the cut network first kept somebody from it
+        self.denied: Counter[str] = (
+            Counter()
+        )  # host: how often the cut network kept somebody from it
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -56,10 +58,9 @@ class Relay(socketserver.ThreadingTCPServer):
         self.down.clear()
 
     def is_down(self, host: str) -> bool:
-        """Say whether the network is cut between here and a host; note when it was asked for."""
+        """Say whether the network is cut between here and a host; count how often it was asked for."""
         down = any(fnmatch.fnmatch(host, hosts) for hosts in self.down)
-        if down:
-            self.denied.setdefault(host, time.monotonic())
+        self.denied[host] += down
         return down
 
 

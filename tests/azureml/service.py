@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,7 +53,7 @@ class Service:
         self.calls: list[tuple[str, str]] = []
         self.unknown: list[str] = []  # calls that nobody wrote an answer for
         self.refusals: dict[str, Answer] = {}  # pattern of method and path: what it answers instead
-        self.denied: dict[str, float] = {}  # method and path: when it was first refused
+        self.denied: Counter[str] = Counter()  # method and path: how often it was refused
         self.start_job: Callable[[str, dict], None] = lambda name, body: None
         self.cancel_job: Callable[[str], None] = lambda name: None
         self.new_container: Callable[[], tuple[str, str]] = lambda: ("", "")
@@ -97,11 +98,10 @@ class Service:
         return found[::-1]
 
     def answer(self, method: str, path: str, query: dict, body: Any) -> Answer:
-        """Return status and body for a request, and note when one is first refused."""
+        """Return status and body for a request, and count those that are refused."""
         self.calls.append((method, path))
         status, answer = self.choose(method, path, query, body)
-        if status >= 400 and path != "/":
-            self.denied.setdefault(f"{method} {path}", time.monotonic())
+        self.denied[f"{method} {path}"] += status >= 400 and path != "/"
         return status, answer
 
     def choose(self, method: str, path: str, query: dict, body: Any) -> Answer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from lab.azureml import snapshot
@@ -52,3 +54,12 @@ def test_a_file_that_git_does_not_know_is_refused(here, override):
     (here.root / "mine.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"mine\.jsonl is not in git, .* git add mine"):
         snapshot.check_ignored([override])
+
+
+def test_what_a_job_got_is_kept_also_where_files_have_only_a_new_date(here):
+    os.utime(here.root / "README.md", (0, 0))
+    commit = snapshot.remember("first")
+    assert here.git("rev-parse", "refs/lab/first").strip() == commit
+    (here.root / "README.md").write_text("edited")
+    assert snapshot.remember("second") == commit
+    assert here.git("show", "refs/lab/second:README.md") == "edited"

@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from lab.azureml import sweep
 from support.processes import wait_until
 from support.project import stages_that_ran
 
@@ -39,16 +40,30 @@ def submitted(output: str) -> list[str]:
     return re.findall(r"^Submitted (\S+)", output, re.MULTILINE)
 
 
-def snapshot(cloud) -> dict[str, bytes]:
-    """Return the files that the last job got, by path."""
-    (job, *_) = cloud.service.children(f"{HOME}/jobs")
-    folder = cloud.folder / f"{job['name']}.snapshot"
-    cloud.download(cloud.machines.code_of(job["properties"]), folder)
+def contents(cloud, uri: str, folder) -> dict[str, bytes]:
+    """Return the files that a container holds, by path."""
+    cloud.download(uri, folder)
     return files_of(folder)
 
 
+@pytest.fixture
+def replaced(cloud, monkeypatch):
+    """Let the jobs whose command has certain words in it run another command."""
+
+    def replace(words: str, command: str) -> None:
+        begin = cloud.machines.begin
+        other = {"command": command}
+        monkeypatch.setattr(
+            cloud.machines,
+            "begin",
+            lambda job, home: begin(job | other if words in job["command"] else job, home),
+        )
+
+    return replace
+
+
+@pytest.mark.longest
 def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, tmp_path):
-    laptop.dvc("push", "--run-cache")
     old = (laptop.root / "models/adapter/adapter_model.safetensors").read_bytes()
     laptop.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 3")
 
@@ -79,22 +94,36 @@ def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, tmp_pat
     assert cloud.relay.reached >= {"management.azure.com", "login.microsoftonline.com"}
 
 
-def test_a_sweep_computes_once_what_its_jobs_share(laptop, cloud):
-    laptop.dvc("push", "--run-cache")
-    output = laptop.lab("submit", "-S", "quantize.bits=8", "--sweep", "finetune.rank=2,4")
-    common, *jobs = submitted(output)
-    assert sorted(stages_that_ran(log_of(cloud, common))) == ["optimize", "quantize"]
+@pytest.mark.longest
+def test_a_sweep_computes_once_what_its_jobs_share_and_brings_back_those_that_did_not_fail(
+    laptop, cloud, replaced
+):
+    replaced("tokens=5", "exit 1")
+    shared, varied = "finetune.max_steps=3", "evaluate.max_new_tokens=5,6,7"
+    output = laptop.lab("submit", "-S", shared, "--sweep", varied, exits=1)
+    common, failed, *jobs = submitted(output)
+    assert stages_that_ran(log_of(cloud, common)) == ["finetune", "adapt"]
     for job in jobs:
-        assert stages_that_ran(log_of(cloud, job)) == RETRAINED
+        assert stages_that_ran(log_of(cloud, job)) == ["evaluate", "report"]
+        assert f"Restored without computing: {job}" in output
+    assert output.splitlines()[-1].startswith(f"lab: {failed} failed: its log")
     shown = json.loads(laptop.dvc("exp", "show", "--json"))
     names = {found["name"] for rev in shown for found in (rev.get("experiments") or [])}
     assert names == set(jobs)
     assert laptop.git("status", "--porcelain") == ""
     laptop.lab("jobs", "--restore", jobs[1])
-    assert yaml.safe_load((laptop.root / "params.yaml").read_text())["finetune"]["rank"] == 4
+    params = yaml.safe_load((laptop.root / "params.yaml").read_text())
+    assert params["evaluate"]["max_new_tokens"] == 7
     assert stages_that_ran(laptop.dvc("repro", "--pull", "--allow-missing")) == []
 
 
+def test_jobs_that_train_differently_share_what_does_not_read_the_adapter(fresh, monkeypatch):
+    monkeypatch.chdir(fresh.root)
+    shared = sweep.common_work([["finetune.rank=2"], ["finetune.rank=4"]])
+    assert sorted(shared) == ["fetch", "optimize", "prepare", "quantize"]
+
+
+@pytest.mark.longest
 def test_a_laptop_without_models_submits_and_restores_later(laptop, cloud):
     laptop.dvc("push", "--run-cache")
     laptop.run("rm", "-r", ".dvc/cache", "models", "data/prepared", "metrics/raw")
@@ -112,24 +141,8 @@ def test_a_laptop_without_models_submits_and_restores_later(laptop, cloud):
     assert stages_that_ran(laptop.dvc("repro", "--pull", "--allow-missing")) == []
 
 
-def test_a_sweep_brings_back_the_jobs_that_did_not_fail(laptop, cloud, monkeypatch):
-    laptop.dvc("push", "--run-cache")
-    begin = cloud.machines.begin
-    broken = {"command": "exit 1"}
-    monkeypatch.setattr(
-        cloud.machines,
-        "begin",
-        lambda job, home: begin(job | broken if "tokens=6" in job["command"] else job, home),
-    )
-    output = laptop.lab("submit", "--sweep", "evaluate.max_new_tokens=6,7", exits=1)
-    failed, completed = submitted(output)
-    assert output.splitlines()[-1].startswith(f"lab: {failed} failed: its log")
-    assert f"Restored without computing: {completed}" in output
-    assert completed in laptop.dvc("exp", "list", "--name-only")
-
-
+@pytest.mark.longest
 def test_a_network_that_is_lost_loses_no_job_and_a_retry_brings_all_of_it(laptop, cloud):
-    laptop.dvc("push", "--run-cache")
     cloud.machines.free.clear()
     process = laptop.start(
         sys.executable, "-m", "lab.cli", "submit", "-S", "evaluate.max_new_tokens=6"
@@ -161,13 +174,17 @@ def test_a_failed_job_ends_in_one_line_and_changes_nothing(laptop, cloud):
     assert laptop.git("status", "--porcelain").split() == ["M", "data/travel.jsonl"]
 
 
-def test_no_secret_cache_or_model_is_in_the_snapshot(laptop, cloud):
+def test_a_job_gets_what_git_tracks_and_our_lock_and_no_secret_cache_or_model(
+    laptop, cloud, replaced, tmp_path
+):
     for name, text in SECRETS.items():
         (laptop.root / name).parent.mkdir(parents=True, exist_ok=True)
         (laptop.root / name).write_text(text)
     laptop.git("add", "--force", ".env", "server.pem", "deep/down/id_rsa")
+    replaced("", "true")
     laptop.lab("submit", "--detach")
-    found = snapshot(cloud)
+    (job,) = cloud.service.children(f"{HOME}/jobs")
+    found = contents(cloud, cloud.machines.code_of(job["properties"]), tmp_path / "snapshot")
     tracked = set(laptop.git("ls-files").split())
     left_out = ("tests/", "benchmarks/", "docs/", "azurite/")
     assert found.keys() == {
@@ -175,6 +192,19 @@ def test_no_secret_cache_or_model_is_in_the_snapshot(laptop, cloud):
     }
     assert not [name for name, data in found.items() if b"hush-hush" in data]
     assert all(len(data) < 1e6 for data in found.values())
+
+    assert job["properties"]["identity"]["identityType"] == "Managed"
+    assert "hush-hush" not in json.dumps(job["properties"])
+    (environment,) = cloud.service.children(
+        f"{HOME}/environments/CliV2AnonymousEnvironment/versions"
+    )
+    uri = environment["properties"]["build"]["contextUri"]
+    context = contents(cloud, uri, tmp_path / "context")
+    assert context == {
+        "Dockerfile": (laptop.root / "lab/azureml/Dockerfile").read_bytes(),
+        "cuda.txt": (laptop.root / "requirements/cuda.txt").read_bytes(),
+        "azure.txt": (laptop.root / "requirements/azure.txt").read_bytes(),
+    }
 
 
 def test_amlignore_alone_keeps_secrets_caches_and_models_back(laptop):
@@ -190,28 +220,11 @@ def test_amlignore_alone_keeps_secrets_caches_and_models_back(laptop):
     assert {"dvc.yaml", "dvc.lock", "stages/finetune.py", ".dvc/config"} <= found
 
 
-def test_the_environment_is_our_lock_and_the_job_has_no_secret(laptop, cloud):
-    laptop.lab("submit", "--detach")
-    (job,) = cloud.service.children(f"{HOME}/jobs")
-    properties = job["properties"]
-    assert properties["identity"]["identityType"] == "Managed"
-    assert "hush-hush" not in json.dumps(properties)
-    (environment,) = cloud.service.children(
-        f"{HOME}/environments/CliV2AnonymousEnvironment/versions"
-    )
-    uri = environment["properties"]["build"]["contextUri"]
-    cloud.download(uri, cloud.folder / job["name"])
-    context = files_of(cloud.folder / job["name"])
-    assert context["cuda.txt"] == (laptop.root / "requirements/cuda.txt").read_bytes()
-    assert context["azure.txt"] == (laptop.root / "requirements/azure.txt").read_bytes()
-    assert len(context) <= 100
-    assert sum(map(len, context.values())) < 1e6
-
-
+@pytest.mark.longest
 def test_a_job_that_is_canceled_half_way_leaves_what_it_finished_to_the_next(laptop, cloud):
-    laptop.dvc("push", "--run-cache")
     laptop.replace("conf/experiment/shrunk.yaml", "prompts: 3", "prompts: 2")
-    laptop.replace("conf/experiment/shrunk.yaml", "max_steps: 2", "max_steps: 3")
+    with (laptop.root / "stages/adapt.py").open("a") as code:
+        code.write("# edited\n")
     (job,) = submitted(laptop.lab("submit", "--detach"))
     wait_until(lambda: "Running stage 'evaluate'" in log_of(cloud, job))
     assert "is being canceled" in laptop.lab("cancel", job)
