@@ -118,9 +118,10 @@ bench: setup ## measure decoding, LoRA and AWQ beside their peers, after make re
 	@$(BIN)/python -m benchmarks.lora
 	@$(BIN)/python -m benchmarks.awq --peer .venv-peers/bin/python
 
-lint: setup ## ruff check, ruff format --check, and params.yaml against conf/
+lint: setup ## ruff check, ruff format --check, mypy, and params.yaml against conf/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m stages.params --strict
 
 # One lock per extra, all agreeing on the versions they share. No hashes: torch's
