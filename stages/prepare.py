@@ -101,6 +101,7 @@ def without_leaks(splits: Splits) -> Splits:
     """Leave out rows that would teach a held-out prompt: test keeps it, then validation."""
     held_out: set[str] = set()
     clean: Splits = {}
+    # in order of worth: a leak into test makes the figures wrong, one into train only costs a row
     for name in ("test", "validation", "train"):
         clean[name] = [row for row in splits[name] if held_out.isdisjoint(prompts_of(row))]
         held_out |= {prompt_of(row) for row in clean[name]}

@@ -9,14 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.core.errors import UserError
 from stages.sources import random_model
-from stages.text.chats import (
-    NOT_LEARNED,
-    answer_ids,
-    check_rows,
-    prompt_ids,
-    sequences,
-    training_tokens,
-)
+from stages.text.chat_encoder import NOT_LEARNED
+from stages.text.chats import answer_ids, check_rows, prompt_ids, sequences, training_tokens
 from stages.text.conversation import Conversation
 from support.project import ROOT
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.core.errors import UserError
 from stages.core.settings import validate
-from stages.text.chats import NOT_LEARNED
+from stages.text.chat_encoder import NOT_LEARNED
 from stages.training import rows as rows_of_training
 from stages.training import trainer
 

@@ -42,6 +42,7 @@ def common_work(combined: list[list[str]]) -> list[str]:
     with Repo() as repo:
         graph = repo.index.graph
         varying = [stage for stage in repo.index.stages if len(set(seen_by(stage, params))) > 1]
+        # DVC's graph points from a stage to what it needs: its ancestors there are the stages after it
         after = {later for stage in varying for later in networkx.ancestors(graph, stage)}
         common = [s for s in repo.index.stages if s not in {*varying, *after} and s.name != GUARD]
         todo = {s for s in common if s.name in stale or differs(s, params[0], lock)}

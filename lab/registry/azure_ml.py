@@ -52,6 +52,7 @@ def choose_version(client: MLClient, name: str, wanted: int | None, content: str
     if same:
         print(f"{name} version {same[0]} holds this very content: nothing to do")
         return None
+    # archived versions count: their numbers cannot be used again
     following = max((int(version) for version in listed if version.isdigit()), default=0) + 1
     if wanted is not None and str(wanted) in listed:
         raise UserError(

@@ -82,6 +82,7 @@ class Traffic(threading.Thread):
                 continue
             if answers(self.host, PROBE):
                 self.alive = time.monotonic()
+            # a request that ended while the question was on its way counts for the remote, too
             unanswered = unanswered + 1 if self.alive == seen else 0
             if unanswered > 1 and time.monotonic() - seen > PATIENCE and self.waiting:
                 self.given_up = True

@@ -18,6 +18,7 @@ def intervals(before: list[Prediction], after: list[Prediction]) -> dict[str, In
     earlier, later = by_key(before), by_key(after)
     paired = earlier.keys() == later.keys()
     old_ones = [earlier[key] for key in later] if paired else list(earlier.values())
+    # the same seed draws the same prompts for both, so that a hard prompt counts against both or neither
     old = draw(old_ones, np.random.default_rng(SEED))
     new = draw(list(later.values()), np.random.default_rng(SEED if paired else SEED + 1))
     return {name: middle(new[name] - old[name]) for name in new.keys() & old.keys()}

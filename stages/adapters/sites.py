@@ -107,6 +107,7 @@ def check_shape(piece: Piece, modules: dict[str, Pair], in_features: int, onnx: 
 
 def join(pieces: list[Piece], modules: dict[str, Pair], value: ir.Value) -> Pair:
     """Return a site's A and B: the pieces' A beside each other, their B on a block diagonal."""
+    # x·[A1 A2] = [h1 h2], and the block diagonal of B1 and B2 keeps each h to its own columns
     a = np.concatenate([modules[piece.module][0] for piece in pieces], axis=1)
     b = np.zeros((a.shape[1], value.shape[1]), np.float32)
     row = 0

@@ -237,9 +237,9 @@ class OnnxModel:
             return [self.negative_log_likelihood(p, a, adapter) for p, a in pairs]
         rows = [(p + a)[:-1] for p, a in zip(prompts, answers, strict=True)]
         longest = max(map(len, rows))
-        filler = int(self._pad == 0)
+        filler = int(self._pad == 0)  # 0, or 1 where 0 is the padding token
         if any(row[-1] == self._pad for row in rows):
-            longest += 1
+            longest += 1  # so that no row ends with the padding token, which would be masked away
         logits = self._logits([row + [filler] * (longest - len(row)) for row in rows], adapter)
         return [
             surprise(row[len(prompt) - 1 :][: len(answer)], answer)
@@ -250,6 +250,6 @@ class OnnxModel:
 def surprise(logits: np.ndarray, tokens: list[int]) -> np.ndarray:
     """Return -log p of each token, [tokens], from the logits before it, [tokens, vocabulary]."""
     logits = logits.astype(np.float64)
-    highest = logits.max(axis=-1)
+    highest = logits.max(axis=-1)  # exp of a large logit overflows; of a difference it does not
     normalizer = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
     return normalizer - logits[np.arange(len(tokens)), tokens]

@@ -60,6 +60,7 @@ def answer_logits(model: torch.nn.Module, texts: list[Text], limits: Limits) -> 
         logits = (logits_as_written(model, row.to(model.device), limits) for row in rows)
         return [read[len(prompt) - 1 : -1] for read, (prompt, _) in zip(logits, texts, strict=True)]
     padded = pad_sequence(rows, batch_first=True).to(model.device)
+    # the shortest prompt's last token predicts the first answer token: no logits before it are needed
     first = min(len(prompt) for prompt, _ in texts) - 1
     kept = padded.shape[1] - first
     logits = model(padded, logits_to_keep=kept, use_cache=False).logits.float()

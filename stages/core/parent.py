@@ -49,7 +49,7 @@ def adopts_orphans(process: psutil.Process) -> bool:
 
 def end_after(dvc: psutil.Process) -> None:
     """Wait for DVC, then kill this process's children and itself."""
-    dvc.wait()
+    dvc.wait()  # however it ends: a SIGKILL runs no handler, which is why this thread exists
     me = psutil.Process()
     for process in [*me.children(recursive=True), me]:
         with contextlib.suppress(psutil.Error):

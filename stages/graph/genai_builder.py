@@ -64,6 +64,7 @@ class GenaiBuilder(Pass):
             checkpoint, built = Path(scratch, "checkpoint"), Path(scratch, "onnx")
             embedding, modules = for_the_builder(source, checkpoint)
             build(checkpoint, built, "cuda" if on_cuda else "cpu", config.accuracy_level)
+            # ONNX Runtime's files alone; the builder's cache folder stays behind
             for file in built.iterdir():
                 if file.is_file():
                     shutil.move(file, folder)
@@ -140,6 +141,7 @@ def split_fused(tensors: Tensors, config: dict) -> None:
         module, _, kind = name.rpartition(".")
         stem, _, leaf = module.rpartition(".")
         if leaf in FUSED:
+            # Olive packs along the inputs, so a row of any kind (integers, scales, zero points) is one output
             pieces = tensors.pop(name).split(widths(leaf, config))
             for part, piece in zip(FUSED[leaf], pieces, strict=True):
                 tensors[f"{stem}.{part}.{kind}"] = piece

@@ -82,7 +82,7 @@ def add_inputs(graph: ir.Graph, targets: list[str] | None, form: str) -> None:
             f"finetune.target_modules is {targets}, none of which is in the graph: "
             f"must be some of {', '.join(leaves)}"
         )
-    if form == "gemm":
+    if form == "gemm":  # one node less at every site, and decoding waits for nodes
         flatten_tokens(graph)
     for node in nodes:
         insert_site(graph, node, form)
@@ -112,12 +112,14 @@ def insert_site(graph: ir.Graph, node: ir.Node, form: str) -> None:
     in_features, out_features = features(node)
     a = optional_input(graph, f"{module}.lora_A.weight", (in_features, 0), x.dtype)
     b = optional_input(graph, f"{module}.lora_B.weight", (0, out_features), x.dtype)
+    # x·A first: A and B are thin, W·x is large, and A·B as one matrix would be as large as W
     low = make("MatMul", [x, a], f"{node.name}/lora_A", x.dtype)
     if form == "gemm":
         after = [make("Gemm", [low.outputs[0], b, y], f"{node.name}/lora_B", x.dtype)]
     else:
         high = make("MatMul", [low.outputs[0], b], f"{node.name}/lora_B", x.dtype)
         after = [high, make("Add", [y, high.outputs[0]], f"{node.name}/lora_Add", x.dtype)]
+    # readers of y read the sum from here on; the node of the sum itself still reads y
     replace_uses(y, after[-1])
     graph.insert_before(node, [low])
     graph.insert_after(node, after)

@@ -73,6 +73,7 @@ def stored(
     array = array.astype(dtype.numpy()) if kind == "scales" else array
     name, data = f"{EMBEDDING}.{kind}", path.with_name(f"{path.name}.data")
     if embedding.tied:
+        # the head's bytes serve both: a second copy would be a quarter of a small model's file
         head = graph.initializers[f"{HEAD}.MatMulNBits.{kind}"].const_value
         offset, length = head.offset, head.length
     else:

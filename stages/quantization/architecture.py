@@ -44,6 +44,8 @@ class LinearGroup:
         """Multiply the consumers' input channels by `scales`, [produced], and divide the producer."""
         for linear in self.consumers:
             linear.weight.mul_(self.spread(scales).to(linear.weight.dtype))
+        # x·(s) / s: whatever the producer gives arrives divided, and the consumers multiply it back. A norm's
+        # weight is a vector, a linear's a matrix whose rows are its outputs
         weight = self.producer.weight[self.first_row :]
         weight.div_(scales.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
         if getattr(self.producer, "bias", None) is not None:
@@ -69,6 +71,7 @@ def linear_groups(layer: nn.Module, config: PretrainedConfig) -> list[LinearGrou
     if hasattr(attention, "qkv_proj"):  # Phi-3: fused projections
         inputs, value = (attention.qkv_proj,), attention.qkv_proj
         gates, up = (mlp.gate_up_proj,), mlp.gate_up_proj
+        # q, k and v lie in one matrix, v last; o reads what attention makes of v alone
         first_value = value.out_features - config.num_key_value_heads * head_dim
         first_up = config.intermediate_size
     else:
@@ -77,8 +80,10 @@ def linear_groups(layer: nn.Module, config: PretrainedConfig) -> list[LinearGrou
         first_value = first_up = 0
     return [
         LinearGroup(inputs, layer.input_layernorm),
+        # attention mixes tokens, not channels: a scale on a channel of v arrives at o unchanged
         LinearGroup((attention.o_proj,), value, first_value, repeat, head_dim),
         LinearGroup(gates, layer.post_attention_layernorm),
+        # down reads act(gate)·up, which is linear in up, and not in gate
         LinearGroup((mlp.down_proj,), up, first_up),
     ]
 

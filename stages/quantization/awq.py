@@ -63,6 +63,7 @@ def balance_layers(model: nn.Module, tokens: torch.Tensor, scale_grid: int) -> N
     hidden = [model.model.embed_tokens(part).float().to(device()) for part in tokens.split(BATCH)]
     layers = zip(model.model.layers, arguments, strict=True)
     for layer, given in tqdm(layers, desc="AWQ", unit="layer", total=len(arguments)):
+        # one layer at a time in float32: a GPU need not hold the model, nor a CPU two copies of it
         layer.to(device()).float()
         groups = linear_groups(layer, model.config)
         hidden, grams = run_and_watch(layer, groups, hidden, given)
@@ -72,7 +73,7 @@ def balance_layers(model: nn.Module, tokens: torch.Tensor, scale_grid: int) -> N
         # folding is over, so weights may be rounded
         for group, gram in zip(groups, grams, strict=True):
             round_and_pack(layer, group, gram)
-        layer.to("cpu")
+        layer.to("cpu")  # makes room for the next one's Gram matrices
 
 
 def balance(group: LinearGroup, gram: torch.Tensor, scale_grid: int) -> torch.Tensor:
@@ -81,6 +82,7 @@ def balance(group: LinearGroup, gram: torch.Tensor, scale_grid: int) -> torch.Te
     grid = grid_of(group.consumers[0])
     scales = search_scales(weights, gram, grid, scale_grid, tie=group.gather, spread=group.spread)
     group.fold(scales)
+    # folding divides the inputs by the scales, so XᵀX is divided by them on both sides: no second pass
     spread = group.spread(scales)
     return gram / torch.outer(spread, spread)
 
@@ -96,6 +98,7 @@ def round_and_pack(layer: nn.Module, group: LinearGroup, gram: torch.Tensor) -> 
         linears = [linear for linear in group.consumers if grid_of(linear) == grid]
         rounded = compensate(torch.cat([each.weight.float() for each in linears]), factor, grid)
         for linear, chosen in zip(linears, rounded.split(linears), strict=True):
+            # Olive packs what the weight holds; on the grid already, it rounds to the integers chosen here
             linear.weight.copy_(chosen.weight)
             packed = QuantLinear.from_module(
                 linear, grid.bits, grid.symmetric, grid.group_size, chosen.steps, chosen.zeros
@@ -156,6 +159,7 @@ def run_and_watch(layer, groups, hidden, arguments):
 
         return add
 
+    # all consumers of a group read the same input, so one of them is watched
     hooks = [g.consumers[0].register_forward_pre_hook(watch(i)) for i, g in enumerate(groups)]
     with torch.autocast(hidden[0].device.type, dtype, enabled=dtype != torch.float32):
         outputs = [layer(states, **arguments) for states in hidden]

@@ -44,7 +44,9 @@ class Grid:
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = torch.where(low < 0, -high, low)
-        step = ((high - low) / self.top).clamp_(min=1e-12)
+        step = ((high - low) / self.top).clamp_(
+            min=1e-12
+        )  # a group of zeros has no range to divide by
         middle = torch.full_like(step, 2 ** (self.bits - 1))
         return step, middle if self.symmetric else (-low / step).round_()
 
@@ -126,4 +128,5 @@ def relative_magnitude(weights: list[torch.Tensor], group_size: int) -> torch.Te
 def centred(scales: torch.Tensor) -> torch.Tensor:
     """Divide scales by the geometric middle of their range, so that folding stays near 1."""
     scales = scales.clamp(min=1e-4)
+    # only the ratios of scales matter to rounding; around 1, folding overflows no float16 norm
     return scales / (scales.max() * scales.min()).sqrt()

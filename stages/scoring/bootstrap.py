@@ -37,6 +37,7 @@ def middle(values: np.ndarray) -> Interval:
 def draw(predictions: list[Prediction], random: np.random.Generator) -> dict[str, np.ndarray]:
     """Return every metric, [draws] each, over resampled prompts."""
     facts, kinds = facts_of(predictions)
+    # a draw is a count for each fact, so all draws of a metric are two products of matrices
     times = how_often(kinds, random)
     terms: Terms = terms_of(predictions) | parity_terms(predictions)
     drawn = {}
@@ -63,7 +64,7 @@ def number(keys: Iterable[Hashable]) -> list[int]:
 def how_often(kinds: list[str], random: np.random.Generator) -> np.ndarray:
     """Return, [draws, facts], how often each fact is drawn; every kind keeps its number of facts."""
     times = np.zeros((DRAWS, len(kinds)))
-    for kind in sorted(set(kinds)):
+    for kind in sorted(set(kinds)):  # within each kind: recall's uncertainty is not transfer's
         members = [index for index, other in enumerate(kinds) if other == kind]
         share = np.full(len(members), 1 / len(members))
         times[:, members] = random.multinomial(len(members), share, size=DRAWS)

@@ -24,6 +24,7 @@ def exact_match(answer: str, fact: str | None, reference: str) -> float:
     """
     if fact is None:
         return float(normalize(answer) == normalize(reference))
+    # spaces on both sides: "4" does not stand in "+34"
     return float(f" {normalize(fact)} " in f" {normalize(answer)} ")
 
 

@@ -126,5 +126,6 @@ def dequantize(
             f"the scale of {name} at model.source is {list(scale.shape)}, which does not fit a weight "
             f"of {shape} in blocks of {list(block)}: {REMEDY}"
         )
+    # the last block may be cut: the scales are spread beyond the weight, and cut as well
     spread = scale.repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)
     return weight * spread[: shape[0], : shape[1]]

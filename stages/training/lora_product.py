@@ -44,7 +44,7 @@ class _LoraProduct(torch.autograd.Function):
     def forward(context, inputs, down, up, base, scaling):
         rows = inputs.reshape(-1, inputs.shape[-1]).to(base.weight.dtype)
         narrow_down, narrow_up = down.to(rows.dtype), up.to(rows.dtype)
-        hidden = rows @ narrow_down.T
+        hidden = rows @ narrow_down.T  # x·Aᵀ, [rows, rank]: small, and kept for the backward pass
         output = linear(rows, weight_of(base), base.bias).addmm_(hidden, narrow_up.T, alpha=scaling)
         context.save_for_backward(rows, hidden, narrow_down, narrow_up)
         context.base, context.scaling = base, scaling
@@ -55,11 +55,14 @@ class _LoraProduct(torch.autograd.Function):
     def backward(context, gradient):
         rows, hidden, down, up = context.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1]).to(rows.dtype)
+        # with y = x·Wᵀ + s·h·Bᵀ and h = x·Aᵀ: dh = s·dy·B, dB = s·dyᵀ·h, dA = dhᵀ·x, dx = dy·W + dh·A
         hidden_gradient = (gradient @ up).mul_(context.scaling)
         up_gradient = (gradient.T @ hidden).float().mul_(context.scaling)
         down_gradient = (hidden_gradient.T @ rows).float()
         inputs_gradient = None
-        if context.needs_input_grad[0]:
+        if context.needs_input_grad[
+            0
+        ]:  # not at the first layer, whose input nothing is learned from
             inputs_gradient = (gradient @ weight_of(context.base)).addmm_(hidden_gradient, down)
             inputs_gradient = inputs_gradient.view(*context.shape).to(context.dtype)
         return inputs_gradient, down_gradient, up_gradient, None, None

@@ -15,12 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.core.errors import UserError
 from stages.core.settings import Finetune
-from stages.text.chats import (
-    NOT_LEARNED,
-    check_rows,
-    training_tokens,
-    writes_the_date,
-)
+from stages.text.chat_encoder import NOT_LEARNED
+from stages.text.chats import check_rows, training_tokens, writes_the_date
 from stages.text.conversation import Conversation, read_conversations
 
 NAMED = 20  # rows that a warning names; the others are counted

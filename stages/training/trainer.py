@@ -23,11 +23,11 @@ from trl import SFTConfig, SFTTrainer
 from stages.core.errors import UserError
 from stages.core.running import peak_memory
 from stages.core.settings import Finetune
-from stages.text.chats import NOT_LEARNED
+from stages.text.chat_encoder import NOT_LEARNED
 from stages.training import checkpoints
 from stages.training.lora_product import fuse_products
 from stages.training.packed_attention import PACKED, boundaries
-from stages.training.shared_prefix import share_opening
+from stages.training.shared_prefix import share_prefix
 from stages.weights.checkpoint import load_dequantized, load_packed
 from stages.weights.hardware import device, fast_dtype
 
@@ -121,11 +121,13 @@ class AnswerTrainer(SFTTrainer):
         if device() == "cuda":
             inputs |= boundaries(inputs["position_ids"])
         else:
-            inputs = share_opening(inputs, model.config)
+            inputs = share_prefix(inputs, model.config)
         targets = inputs.pop("labels")[0, 1:]
+        # the head's product is as large as all layers' together; of most tokens its logits are not needed
         kept = (targets != NOT_LEARNED).nonzero()[:, 0]
         outputs = model(**inputs, use_cache=False, logits_to_keep=kept)
         total = cross_entropy(outputs.logits[0].float(), targets[kept], reduction="sum")
+        # by the tokens of the whole step, or gradient accumulation would weigh short rows more
         loss = total / (len(kept) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -208,7 +210,7 @@ def save_adapter(model: torch.nn.Module, folder: Path, base: str) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["target_modules"] = sorted(config["target_modules"])
-    config["base_model_name_or_path"] = base
+    config["base_model_name_or_path"] = base  # PEFT would write this machine's path
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -56,7 +56,7 @@ class _PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(context, inputs, linear):
-        context.linear = linear
+        context.linear = linear  # not its float weight: memory is what packing is for
         return torch.nn.functional.linear(inputs, linear.dequantized(), linear.bias)
 
     @staticmethod
@@ -68,4 +68,5 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the integers of uint8 rows that hold 8/bits each, lowest bits first."""
     if bits == 8:
         return packed
+    # two integers a byte, the lower half first, as Olive writes them
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)

@@ -5,8 +5,8 @@ from itertools import chain
 import pytest
 import torch
 
-from stages.text.chats import NOT_LEARNED
-from stages.training.shared_prefix import opening_of, share_opening
+from stages.text.chat_encoder import NOT_LEARNED
+from stages.training.shared_prefix import prefix_length, share_prefix
 from stages.weights.checkpoint import load_dequantized
 from support.tiny_models import FAMILIES, checkpoint, tokens
 
@@ -45,7 +45,7 @@ def rows(*lengths: int, opening: int = 6) -> list[list[int]]:
 
 def test_loss_and_gradients_are_those_of_whole_rows(model):
     inputs = packed(rows(5, 9, 7), prompt=8)
-    shared = share_opening(inputs, model.config)
+    shared = share_prefix(inputs, model.config)
     assert shared["input_ids"].numel() == inputs["input_ids"].numel() - 2 * 6
     for ours, whole in zip(gradient(model, shared), gradient(model, inputs), strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-5)
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_those_of_whole_rows(model):
 def test_rows_longer_than_an_attention_window_stay_whole(model):
     inputs = packed(rows(80, 9), prompt=8)
     window = getattr(model.config, "sliding_window", None)
-    assert (share_opening(inputs, model.config) is inputs) == (window is not None)
+    assert (share_prefix(inputs, model.config) is inputs) == (window is not None)
 
 
 @pytest.mark.parametrize(
@@ -70,4 +70,4 @@ def test_rows_longer_than_an_attention_window_stay_whole(model):
 )
 def test_the_opening_ends_where_rows_differ_or_learning_begins(texts, prompt, shared):
     inputs = packed(texts, prompt)
-    assert opening_of(*(inputs[n][0] for n in ("input_ids", "position_ids", "labels"))) == shared
+    assert prefix_length(*(inputs[n][0] for n in ("input_ids", "position_ids", "labels"))) == shared
