@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lab.remote.reach import CHECK_NETWORK, need_answer
+from lab.remote.requests import Send, intercept
 from stages.core.errors import UserError
 
 FIRST_ANSWER = 15  # seconds, a sign-in by `az` included; a healthy remote takes one or two
@@ -26,13 +27,11 @@ PAUSE = 2
 def ask_once() -> None:
     """Have every request of Azure's asynchronous Blob client fail at once after the first one has."""
     from azure.core.exceptions import AzureError, ServiceRequestError
-    from azure.storage.blob.aio import ExponentialRetry
 
-    send = ExponentialRetry.send
     answers: set[str] = set()
     faults: dict[str, AzureError] = {}
 
-    async def decisive(policy: Any, request: Any) -> Any:
+    async def decisive(send: Send, policy: Any, request: Any) -> Any:
         host = urlsplit(request.http_request.url).netloc
         if host in answers:
             return await send(policy, request)
@@ -52,10 +51,10 @@ def ask_once() -> None:
                 return response
         raise faults[host]
 
-    ExponentialRetry.send = decisive
+    intercept(decisive)
 
 
-async def first_answer(send: Any, policy: Any, request: Any) -> Any:
+async def first_answer(send: Send, policy: Any, request: Any) -> Any:
     """Return the answer to a request that Azure's library may not repeat by itself.
 
     Raises `UserError` if the remote answers only that it is overloaded or out of order.

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import typer
 
 from lab.remote import config
+from lab.remote.requests import Send, intercept
 from stages.core.errors import UserError
 from stages.core.network import answers
 
@@ -44,11 +45,8 @@ class Traffic(threading.Thread):
 
     def watch(self) -> Traffic:
         """Count every request of Azure's asynchronous Blob client, retries included, and stand guard."""
-        from azure.storage.blob.aio import ExponentialRetry
 
-        send = ExponentialRetry.send
-
-        async def counted(policy, request):
+        async def counted(send: Send, policy: Any, request: Any) -> Any:
             self.host = "{0.scheme}://{0.netloc}".format(urlsplit(request.http_request.url))
             self.alive = self.alive if self.waiting else time.monotonic()
             self.waiting += 1
@@ -59,7 +57,7 @@ class Traffic(threading.Thread):
             finally:
                 self.waiting -= 1
 
-        ExponentialRetry.send = counted
+        intercept(counted)
         self.start()
         return self
 
