@@ -127,7 +127,7 @@ def newcomer(cloned_once, alone, tmp_path) -> Newcomer:
 
 
 NO_REMOTE = "^lab: .*the remote is not set up: `lab remote setup`"
-NO_WORKSPACE = "^lab: which Azure ML workspace"
+NO_WORKSPACE = "^lab: no Azure ML workspace is named"
 ROWS = [  # a command, its exit code (None: it is ended when the words appear), what it says
     ("make", 0, "make repro"),
     ("make help", 0, "make azurite"),

@@ -9,6 +9,7 @@ and says what is allowed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
 from stages.core.conf import digest
@@ -292,7 +292,7 @@ def validate(values: Any) -> Settings:
         raise UserError("; ".join(map(_describe, error.errors()[:3]))) from None
 
 
-def _describe(error: ErrorDetails) -> str:
+def _describe(error: Mapping[str, Any]) -> str:
     """Say one of pydantic's errors as a user would: key, value, what is allowed."""
     where = [str(part) for part in error["loc"]]
     if where[:2] == ["model", "source"]:  # pydantic puts the kind of source between the keys
