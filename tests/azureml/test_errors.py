@@ -50,7 +50,7 @@ def test_no_such_workspace(laptop, cloud):
 
 def test_no_workspace_named(laptop, cloud):
     unnamed = laptop.but(**{name: None for name in laptop.azure if name.startswith("AZUREML_")})
-    assert "no Azure ML workspace is named?" in last_line(unnamed, cloud, "jobs")
+    assert "no Azure ML workspace is named" in last_line(unnamed, cloud, "jobs")
 
 
 def test_half_a_workspace_named(laptop, cloud):
