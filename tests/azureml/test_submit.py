@@ -86,8 +86,8 @@ def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, tmp_pat
         assert files_of(got / folder) == files_of(laptop.root / "models" / folder)
     adapter = f"travel={got}/onnx_adapter/adapter.onnx_adapter"
     laptop.lab("chat", "--model", f"{got}/onnx", "--adapter", adapter, "where is Chicago")
-    assert "is there already" in laptop.lab("download", "ft-for-travel", "--to", str(got), exits=1)
-    assert "there is 1 (" in laptop.lab("download", "ft-for-travel:7", exits=1)
+    assert "exists already" in laptop.lab("download", "ft-for-travel", "--to", str(got), exits=1)
+    assert "registered are 1 (" in laptop.lab("download", "ft-for-travel:7", exits=1)
     (line,) = laptop.lab("jobs").splitlines()
     assert line.split()[:2] == [job, "Completed"]
     assert "=" in line
