@@ -17,11 +17,9 @@ pytestmark = pytest.mark.azure
 
 @pytest.mark.parametrize("form", ["{}", "?{}", '"{}"', "'?{}'  "])
 @pytest.mark.usefixtures("reaches_azure")
-def test_a_sas_token_as_az_or_the_portal_shows_it_with_quotes_and_without(
-    form, laptop, container, cloud
-):
+def test_a_sas_token_as_az_or_the_portal_shows_it_with_quotes_and_without(form, laptop, container):
     token = account_sas("racwdl", azure.REMOTE, azure.KEY)
-    url = f"azure://{cloud.remote_container()}/a/b/"
+    url = f"azure://{azure.CONTAINER}/a/b/"
     sas_token = form.format(token)
     container.connect(laptop, url=url, account_name=azure.REMOTE, sas_token=sas_token)
     said = lab(laptop, "dvc", "push") + lab(laptop, "fsck", "--deep")
