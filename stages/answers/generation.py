@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -26,7 +27,10 @@ if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
 
 import onnxruntime_genai as og
 
-LORA_GRAPH = "lora.onnx"
+if TYPE_CHECKING:
+    from stages.answers.gpu_weights import Entry
+
+GRAPH, LORA_GRAPH = "model.onnx", "lora.onnx"
 # what the runtime says of files that were cut or edited; anything else is this machine's fault
 DAMAGED = (
     "out of bounds|[Pp]arsing failed|JSON Error|failed to load external|[Nn]o such file|not exist"
@@ -43,12 +47,25 @@ def physical_cores() -> int:
     return min(psutil.cpu_count(logical=False) or usable, usable)
 
 
-def open_model(folder: Path, graph: str) -> og.Model:
-    """Load one of a folder's graphs. Raises `UserError` where it cannot run on this machine."""
+def open_model(
+    folder: Path, graph: str, shared: list[Entry] | None = None, captured: bool = False
+) -> og.Model:
+    """Load one of a folder's graphs.
+
+    On a GPU with the weights that are shared there, and if `captured` with decoding as one CUDA graph, which
+    answers single prompts only. Raises `UserError` where it cannot run on this machine.
+    """
     if not (folder / "genai_config.json").is_file() or not (folder / graph).is_file():
         raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
     refuse_links(folder)
-    decoder = {"filename": graph, "session_options": {"intra_op_num_threads": physical_cores()}}
+    options: dict[str, Any] = {"intra_op_num_threads": physical_cores()}
+    decoder: dict[str, Any] = {"filename": graph, "session_options": options}
+    if shared is not None:
+        decoder["shared_initializers"] = shared
+    if (
+        captured
+    ):  # a token launches hundreds of small kernels, of which the CPU is slower than the GPU
+        options["provider_options"] = [{"cuda": {"enable_cuda_graph": "1"}}]
     try:
         config = og.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": decoder}}))
@@ -84,30 +101,85 @@ class OnnxModel:
 
     def __init__(self, folder: str | Path, adapters: Mapping[str, str | Path] | None = None):
         folder = Path(folder)
-        self.model = open_model(folder, LORA_GRAPH if adapters else "model.onnx")
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context_length = config["context_length"]
         self._pad = config["pad_token_id"]
         self.limits = Limits.read(folder)
         ends = config["eos_token_id"]  # one, or several: any of them ends an answer
         self.ends = set(ends) if isinstance(ends, list) else {ends}
-        if adapters:
-            self._adapters = og.Adapters(self.model)
-            for name, file in adapters.items():
-                self._load(name, Path(file))
+        files = {name: Path(file) for name, file in (adapters or {}).items()}
+        for name, file in files.items():
+            if not file.is_file():
+                wrong = "is a folder: name the file in it" if file.is_dir() else "does not exist"
+                raise UserError(f"adapter {name}: {file} {wrong}")
+        self.folder = folder
+        self._models: dict[Hashable, og.Model] = {}
+        self._adapters: og.Adapters | None = None  # on the CPU
+        self._shared: dict[str | None, list[Entry]] | None = None  # on a GPU, by adapter
+        if "cuda" in json.dumps(config["decoder"]["session_options"]):
+            self._share(files)
+        else:
+            self._open_on_cpu(files)
+        for name, file in files.items():
+            self._check_fits(name, file)
 
-    def _load(self, name: str, file: Path) -> None:
-        if not file.is_file():
-            wrong = "is a folder: name the file in it" if file.is_dir() else "does not exist"
-            raise UserError(f"adapter {name}: {file} {wrong}")
+    def _open_on_cpu(self, files: dict[str, Path]) -> None:
+        """One model for all adapters, which the runtime adds as inputs; without any, the faster graph."""
+        model = open_model(self.folder, LORA_GRAPH if files else GRAPH)
+        self._models[None] = model
+        if files:
+            self._adapters = og.Adapters(model)
+        for name, file in files.items():
+            self._load(self._adapters, name, file)
+
+    def _share(self, files: dict[str, Path]) -> None:
+        """Say what a GPU has to hold for the base and for each adapter; models are opened when asked for."""
+        from stages.answers.gpu_weights import adapter_weights, base_weights
+
+        self._shared = {None: base_weights(self.folder, GRAPH)}
+        weights = base_weights(self.folder, LORA_GRAPH) if files else []
+        for name, file in files.items():
+            try:
+                self._shared[name] = weights + adapter_weights(file, self.folder, LORA_GRAPH)
+            except UserError as error:
+                raise self._misfit(name, file, str(error)) from None
+            except Exception:  # noqa: BLE001  # the binding raises plain Exception
+                raise self._damaged(name, file) from None
+        self._model(None, captured=True)
+
+    def _model(self, adapter: str | None, captured: bool) -> og.Model:
+        """Return the model that answers with an adapter.
+
+        On a GPU each has one for single prompts, whose steps are captured, and one for batches, which the
+        runtime cannot capture; all of them on the same weights.
+        """
+        if self._shared is None:
+            return self._models[None]
+        if (adapter, captured) not in self._models:
+            graph = GRAPH if adapter is None else LORA_GRAPH
+            opened = open_model(self.folder, graph, self._shared[adapter], captured)
+            self._models[adapter, captured] = opened
+        return self._models[adapter, captured]
+
+    def _load(self, adapters: og.Adapters, name: str, file: Path) -> None:
         try:
-            self._adapters.load(str(file), name)
+            adapters.load(str(file), name)
         except Exception:  # noqa: BLE001  # the binding raises plain Exception, with a C++ signature for a message
-            raise UserError(
-                f"adapter {name}: {file} is not an ONNX Runtime adapter, or is damaged: "
-                "`lab adapt PEFT_DIR` makes one, `dvc checkout --force` brings ours back"
-            ) from None
-        self._check_fits(name, file)
+            raise self._damaged(name, file) from None
+
+    @staticmethod
+    def _damaged(name: str, file: Path) -> UserError:
+        return UserError(
+            f"adapter {name}: {file} is not an ONNX Runtime adapter, or is damaged: "
+            "`lab adapt PEFT_DIR` makes one, `dvc checkout --force` brings ours back"
+        )
+
+    @staticmethod
+    def _misfit(name: str, file: Path, why: str) -> UserError:
+        return UserError(
+            f"adapter {name}: {file} is not made for this model ({why}): "
+            "convert it for this one with `lab adapt PEFT_DIR --model FOLDER`"
+        )
 
     def _check_fits(self, name: str, file: Path) -> None:
         """Run one token: the runtime compares an adapter's shapes with the graph's inputs only then."""
@@ -115,10 +187,7 @@ class OnnxModel:
         try:
             generator.append_tokens(np.array([[0]], dtype=np.int32))
         except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
-            raise UserError(
-                f"adapter {name}: {file} is not made for this model ({plain(error)}): "
-                "convert it for this one with `lab adapt PEFT_DIR --model FOLDER`"
-            ) from None
+            raise self._misfit(name, file, plain(error)) from None
 
     def generator(
         self,
@@ -131,15 +200,16 @@ class OnnxModel:
 
         The cache for keys and values is as large as `max_length`, whatever the model's context.
         """
-        params = og.GeneratorParams(self.model)
+        model = self._model(adapter, captured=batch_size == 1)
+        params = og.GeneratorParams(model)
         params.set_search_options(
             max_length=max_length,
             min_length=max_length if to_the_end else 0,
             do_sample=False,
             batch_size=batch_size,
         )
-        generator = og.Generator(self.model, params)
-        if adapter is not None:
+        generator = og.Generator(model, params)
+        if adapter is not None and self._adapters is not None:
             generator.set_active_adapter(self._adapters, adapter)
         return generator
 

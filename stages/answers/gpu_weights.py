@@ -1,0 +1,88 @@
+"""An NVIDIA GPU holds one copy of the base's weights, for its own graph and for any number of adapters.
+
+    entries = base_weights(folder, "lora.onnx") + adapter_weights(file, folder)
+    config.overlay({"model": {"decoder": {"filename": "lora.onnx", "shared_initializers": entries}}})
+
+ONNX Runtime GenAI's own adapters (og.Adapters) stay in the computer's memory and are copied to the GPU at
+every token since genai#2424: on an H100 that left a quarter of the speed. Its `shared_initializers`
+(genai#2389) name bytes of files, which go to the GPU once and are shared by all models of a process. An
+adapter's A and B, inputs of lora.onnx with empty defaults, are given as such bytes: one og.Model for each
+adapter, which costs its own tensors and work space, no second base.
+
+CUDA only: on a CPU the runtime refuses shared initializers.
+"""
+
+from __future__ import annotations
+
+from os.path import relpath  # the runtime joins it to the folder
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from stages.core.errors import UserError
+
+Entry = dict[str, Any]  # one initializer, as genai_config.json describes it
+SMALLEST = 4096  # bytes: smaller constants, such as shapes, are read on the CPU
+SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+
+
+def base_weights(folder: Path, graph: str) -> list[Entry]:
+    """Describe the weights of one of a folder's graphs by where their bytes lie in its data file."""
+    tensors = {
+        name: value.const_value
+        for name, value in ir.load(folder / graph).graph.initializers.items()
+    }
+    return [
+        entry(name, t.location, t.offset or 0, t.nbytes, int(t.dtype), t.shape)
+        for name, t in tensors.items()
+        if isinstance(t, ir.ExternalTensor) and t.nbytes > SMALLEST
+    ]
+
+
+def adapter_weights(file: Path, folder: Path, graph: str) -> list[Entry]:
+    """Describe an adapter's A and B by where their bytes lie in its file.
+
+    Raises `UserError` for an adapter of another model: the runtime would take any shape here.
+    """
+    inputs = {v.name: v for v in ir.load(folder / graph).graph.inputs if v.name.endswith(SUFFIXES)}
+    content = file.read_bytes()
+    parameters = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+    entries, end = [], len(content)
+    for name, value in sorted(parameters.items()):
+        array = value.numpy()
+        if name not in inputs or not fits(array, inputs[name]):
+            raise UserError(f"{name} {list(array.shape)} {array.dtype} is no input of {graph}")
+        # the file is written from its end to its start, in the order of names: the next one lies before this
+        raw = array.tobytes()
+        offset = content.rfind(raw, 0, end)
+        if offset < 0:
+            offset = content.find(raw)
+        end = offset
+        kind = int(ir.DataType.from_numpy(array.dtype))
+        entries.append(entry(name, relpath(file, folder), offset, len(raw), kind, array.shape))
+    return entries
+
+
+def fits(array: np.ndarray, value: ir.Value) -> bool:
+    """Say whether an adapter's tensor is of an input's element type, and of its shape but for the rank."""
+    fixed = [(n, size) for n, size in zip(array.shape, value.shape, strict=False)]
+    return (
+        array.dtype == value.dtype.numpy()
+        and array.ndim == len(value.shape)
+        and all(n == size for n, size in fixed if isinstance(size, int))
+    )
+
+
+def entry(name: str, file: str, offset: int, length: int, kind: int, shape: Any) -> Entry:
+    """Return an initializer as genai_config.json describes it; offset and length are texts there."""
+    return {
+        "name": name,
+        "data_file": file,
+        "offset": str(offset),
+        "length": str(length),
+        "data_type": kind,
+        "shape": [int(size) for size in shape],
+    }
