@@ -77,6 +77,7 @@ def overrides() -> list[tuple[str, ...]]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_every_override_that_a_page_names_composes():
     assert len(overrides()) > 20
     for words in overrides():

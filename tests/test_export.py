@@ -44,6 +44,7 @@ def built(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_every_family_answers_as_pytorch_does_with_and_without_adapters(family, built, tmp_path):
     packed, onnx_folder = built(family)
     plain = logits(load_dequantized(packed), SHORT)

@@ -63,6 +63,7 @@ TYPES = {f"{f} {kind}": rotated(f, kind) for f, kinds in ROPE_TYPES.items() for 
 
 
 @pytest.mark.parametrize("name", TYPES | OTHERS)
+@pytest.mark.slow
 def test_the_graph_answers_as_pytorch_does(name, tmp_path):
     architecture = {"tie_word_embeddings": False, **(TYPES | OTHERS)[name]}
     packed = checkpoint(tmp_path, architecture)

@@ -212,6 +212,7 @@ LONG = "a" * 5000
 @example(text="model/tiny\0")
 @example(text="data.path=glob(*)")
 @example(text="data.path=interval(0,1)")
+@pytest.mark.slow
 def test_any_override_composes_or_is_refused_in_one_line(text, monkeypatch):
     """`overrides.check` composes at its end, by DVC's own composer."""
     monkeypatch.chdir(ROOT)

@@ -258,6 +258,7 @@ FORMS = {
 
 @pytest.mark.parametrize("one", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 def test_prompts_that_look_alike_stay_in_one_split_as_they_are(data, tmp_path, one, seed):
     rows = [{"prompt": f"{n} {text}", "response": "x"} for n in range(10) for text in one]
     path = written(tmp_path / "mine.jsonl", rows)

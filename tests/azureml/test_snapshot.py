@@ -9,6 +9,8 @@ import pytest
 from lab.azureml import snapshot
 from stages.core.errors import UserError
 
+pytestmark = pytest.mark.slow  # git and Azure's SDK, seconds each
+
 
 @pytest.fixture
 def here(fresh, monkeypatch):
