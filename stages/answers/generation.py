@@ -55,16 +55,11 @@ def open_model(
     On a GPU with the weights that are shared there, and if `captured` with decoding as one CUDA graph, which
     answers single prompts only. Raises `UserError` where it cannot run on this machine.
     """
-    if not (folder / "genai_config.json").is_file() or not (folder / graph).is_file():
-        raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
-    refuse_links(folder)
     options: dict[str, Any] = {"intra_op_num_threads": physical_cores()}
     decoder: dict[str, Any] = {"filename": graph, "session_options": options}
     if shared is not None:
         decoder["shared_initializers"] = shared
-    if (
-        captured
-    ):  # a token launches hundreds of small kernels, of which the CPU is slower than the GPU
+    if captured:  # a token launches hundreds of small kernels: captured, they are launched as one
         options["provider_options"] = [{"cuda": {"enable_cuda_graph": "1"}}]
     try:
         config = og.Config(str(folder))
@@ -73,11 +68,31 @@ def open_model(
     except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
         reason = plain(error)
         if re.search(DAMAGED, reason):
-            raise UserError(
-                f"{folder} is damaged or incomplete ({reason}): `dvc checkout --force` brings DVC's files "
-                "back, copy others again"
-            ) from None
+            raise damaged(folder, reason) from None
         raise UserError(f"{folder} cannot run on this machine: {reason}") from None
+
+
+def read_config(folder: Path, graph: str) -> dict[str, Any]:
+    """Return what genai_config.json says of the model.
+
+    Raises `UserError` for a folder that holds no such graph, links, or a file that was cut.
+    """
+    file = folder / "genai_config.json"
+    if not file.is_file() or not (folder / graph).is_file():
+        raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
+    refuse_links(folder)
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, f"{file.name}: {error}") from None
+
+
+def damaged(folder: Path, reason: str) -> UserError:
+    """Return the error for files that were cut or edited."""
+    return UserError(
+        f"{folder} is damaged or incomplete ({reason}): `dvc checkout --force` brings DVC's files "
+        "back, copy others again"
+    )
 
 
 def plain(error: Exception) -> str:
@@ -101,7 +116,7 @@ class OnnxModel:
 
     def __init__(self, folder: str | Path, adapters: Mapping[str, str | Path] | None = None):
         folder = Path(folder)
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        config = read_config(folder, LORA_GRAPH if adapters else GRAPH)
         self.context_length = config["context_length"]
         self._pad = config["pad_token_id"]
         self.limits = Limits.read(folder)
@@ -136,8 +151,11 @@ class OnnxModel:
         """Say what a GPU has to hold for the base and for each adapter; models are opened when asked for."""
         from stages.answers.gpu_weights import adapter_weights, base_weights
 
-        self._shared = {None: base_weights(self.folder, GRAPH)}
-        weights = base_weights(self.folder, LORA_GRAPH) if files else []
+        try:
+            self._shared = {None: base_weights(self.folder, GRAPH)}
+            weights = base_weights(self.folder, LORA_GRAPH) if files else []
+        except Exception as error:  # noqa: BLE001  # what protobuf says of a file that was cut
+            raise damaged(self.folder, plain(error)) from None
         for name, file in files.items():
             try:
                 self._shared[name] = weights + adapter_weights(file, self.folder, LORA_GRAPH)
