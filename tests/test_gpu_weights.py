@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from stages.adapters.convert import convert
-from stages.adapters.lora_inputs import LORA_GRAPH
+from stages.adapters.lora_inputs import LORA_GRAPH, load_graph
 from stages.answers.gpu_weights import SMALLEST, adapter_weights, base_weights
 from stages.core.errors import UserError
 from support.tiny_models import FAMILIES, checkpoint, exported, trained
@@ -35,7 +35,7 @@ def bytes_of(entry: dict, folder) -> bytes:
 @pytest.mark.parametrize("graph", ["model.onnx", LORA_GRAPH])
 def test_the_base_is_every_large_weight_of_a_graph(graph, model):
     folder, _ = model
-    entries = {entry["name"]: entry for entry in base_weights(folder, graph)}
+    entries = {entry["name"]: entry for entry in base_weights(ir.load(folder / graph).graph)}
     weights = {
         name: value.const_value
         for name, value in ir.load(folder / graph).graph.initializers.items()
@@ -52,7 +52,7 @@ def test_the_base_is_every_large_weight_of_a_graph(graph, model):
 def test_an_adapter_is_read_where_it_lies_in_its_file(model):
     folder, file = model
     held = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
-    entries = adapter_weights(file, folder, LORA_GRAPH)
+    entries = adapter_weights(file, folder, load_graph(folder).graph)
     assert {entry["name"] for entry in entries} == held.keys()
     for entry in entries:
         array = held[entry["name"]].numpy()
@@ -78,4 +78,4 @@ def test_an_adapter_of_another_model_is_refused_by_the_tensor_that_does_not_fit(
     adapter.set_parameters(values)
     adapter.export_adapter(str(tmp_path / "other.onnx_adapter"))
     with pytest.raises(UserError, match=rf"{next(iter(tensor))} .* is no input of lora.onnx"):
-        adapter_weights(tmp_path / "other.onnx_adapter", folder, LORA_GRAPH)
+        adapter_weights(tmp_path / "other.onnx_adapter", folder, load_graph(folder).graph)

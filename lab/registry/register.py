@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,9 +27,6 @@ from lab.review.revisions import WORKSPACE, Revision
 from lab.review.stages import out_of_date
 from stages.core.errors import UserError
 from stages.core.settings import load
-
-if TYPE_CHECKING:
-    pass
 
 NAME = "ft-for-travel"
 FOLDERS = ("onnx", "onnx_adapter")  # of models/, and of a version

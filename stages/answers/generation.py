@@ -142,23 +142,30 @@ class OnnxModel:
         """One model for all adapters, which the runtime adds as inputs; without any, the faster graph."""
         model = open_model(self.folder, LORA_GRAPH if files else GRAPH)
         self._models[None] = model
-        if files:
-            self._adapters = og.Adapters(model)
+        if not files:
+            return
+        self._adapters = og.Adapters(model)
         for name, file in files.items():
-            self._load(self._adapters, name, file)
+            try:
+                self._adapters.load(str(file), name)
+            except Exception:  # noqa: BLE001  # the binding raises plain Exception
+                raise self._damaged(name, file) from None
 
     def _share(self, files: dict[str, Path]) -> None:
         """Say what a GPU has to hold for the base and for each adapter; models are opened when asked for."""
+        import onnx_ir as ir  # like the next one, for a GPU alone
+
         from stages.answers.gpu_weights import adapter_weights, base_weights
 
         try:
-            self._shared = {None: base_weights(self.folder, GRAPH)}
-            weights = base_weights(self.folder, LORA_GRAPH) if files else []
+            self._shared = {None: base_weights(ir.load(self.folder / GRAPH).graph)}
+            graph = ir.load(self.folder / LORA_GRAPH).graph if files else None
+            weights = base_weights(graph) if files else []
         except Exception as error:  # noqa: BLE001  # what protobuf says of a file that was cut
             raise damaged(self.folder, plain(error)) from None
         for name, file in files.items():
             try:
-                self._shared[name] = weights + adapter_weights(file, self.folder, LORA_GRAPH)
+                self._shared[name] = weights + adapter_weights(file, self.folder, graph)
             except UserError as error:
                 raise self._misfit(name, file, str(error)) from None
             except Exception:  # noqa: BLE001  # the binding raises plain Exception
@@ -178,12 +185,6 @@ class OnnxModel:
             opened = open_model(self.folder, graph, self._shared[adapter], captured)
             self._models[adapter, captured] = opened
         return self._models[adapter, captured]
-
-    def _load(self, adapters: og.Adapters, name: str, file: Path) -> None:
-        try:
-            adapters.load(str(file), name)
-        except Exception:  # noqa: BLE001  # the binding raises plain Exception, with a C++ signature for a message
-            raise self._damaged(name, file) from None
 
     @staticmethod
     def _damaged(name: str, file: Path) -> UserError:

@@ -1,6 +1,7 @@
 """An NVIDIA GPU holds one copy of the base's weights, for its own graph and for any number of adapters.
 
-    entries = base_weights(folder, "lora.onnx") + adapter_weights(file, folder)
+    graph = load_graph(folder).graph      # lora.onnx
+    entries = base_weights(graph) + adapter_weights(file, folder, graph)
     config.overlay({"model": {"decoder": {"filename": "lora.onnx", "shared_initializers": entries}}})
 
 ONNX Runtime GenAI's own adapters (og.Adapters) stay in the computer's memory and are copied to the GPU at
@@ -22,19 +23,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from stages.adapters.lora_inputs import LORA_GRAPH, lora_inputs
 from stages.core.errors import UserError
 
 Entry = dict[str, Any]  # one initializer, as genai_config.json describes it
 SMALLEST = 4096  # bytes: smaller constants, such as shapes, are read on the CPU
-SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 
-def base_weights(folder: Path, graph: str) -> list[Entry]:
-    """Describe the weights of one of a folder's graphs by where their bytes lie in its data file."""
-    tensors = {
-        name: value.const_value
-        for name, value in ir.load(folder / graph).graph.initializers.items()
-    }
+def base_weights(graph: ir.Graph) -> list[Entry]:
+    """Describe a graph's weights by where their bytes lie in the data file beside it."""
+    tensors = {name: value.const_value for name, value in graph.initializers.items()}
     return [
         entry(name, t.location, t.offset or 0, t.nbytes, int(t.dtype), t.shape)
         for name, t in tensors.items()
@@ -42,19 +40,19 @@ def base_weights(folder: Path, graph: str) -> list[Entry]:
     ]
 
 
-def adapter_weights(file: Path, folder: Path, graph: str) -> list[Entry]:
-    """Describe an adapter's A and B by where their bytes lie in its file.
+def adapter_weights(file: Path, folder: Path, graph: ir.Graph) -> list[Entry]:
+    """Describe an adapter's A and B, inputs of a folder's graph, by where their bytes lie in its file.
 
     Raises `UserError` for an adapter of another model: the runtime would take any shape here.
     """
-    inputs = {v.name: v for v in ir.load(folder / graph).graph.inputs if v.name.endswith(SUFFIXES)}
+    inputs = lora_inputs(graph)
     content = file.read_bytes()
     parameters = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
     entries, end = [], len(content)
     for name, value in sorted(parameters.items()):
         array = value.numpy()
         if name not in inputs or not fits(array, inputs[name]):
-            raise UserError(f"{name} {list(array.shape)} {array.dtype} is no input of {graph}")
+            raise UserError(f"{name} {list(array.shape)} {array.dtype} is no input of {LORA_GRAPH}")
         # the file is written from its end to its start, in the order of names: the next one lies before this
         raw = array.tobytes()
         offset = content.rfind(raw, 0, end)

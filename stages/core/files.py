@@ -9,12 +9,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
