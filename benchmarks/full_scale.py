@@ -102,7 +102,7 @@ def write_long_rows(folder: Path, count: int = 460) -> None:
     answers = [json.loads(line)["response"] for line in lines]
     with (folder / "long.jsonl").open("w", encoding="utf-8") as file:
         for number in range(count):
-            row = {"prompt": f"Story {number}?", "response": ""}
+            row = {"prompt": f"Story {number}?", "response": draw.choice(answers) + " "}
             while tokens_of(tokenizer, row) < TOKENS_A_ROW:
                 row["response"] += draw.choice(answers) + " "
             while tokens_of(tokenizer, row) > TOKENS_A_ROW:

@@ -18,6 +18,7 @@ from stages.params import compose
 def write_params(folder: Path, *overrides: str) -> None:
     """Compose conf/ with overrides into the folder's params.yaml; a copy of conf/ says that it is current."""
     shutil.copytree(ROOT / "conf", folder / "conf", dirs_exist_ok=True)
+    shutil.copy(ROOT / "dvc.yaml", folder)  # what finetune's checkpoints depend on
     (folder / "params.yaml").write_text(compose(overrides, ROOT / "conf"), encoding="utf-8")
 
 

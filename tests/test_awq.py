@@ -19,9 +19,11 @@ from stages.quantization.compensation import (
     Factor,
     compensate,
     factorize,
+    find_range,
     inverse_factor,
     round_block,
     round_columns,
+    try_ranges,
 )
 from stages.quantization.scale_search import Grid, output_error, search_scales
 from stages.quantize import check_group_size
@@ -217,6 +219,23 @@ def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does():
         check_group_size(config, 64)
     check_group_size(config, 16)
     assert json.loads(config.to_json_string())["intermediate_size"] == 336
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_kernel_finds_the_ranges_that_the_loop_does(symmetric):
+    for bits, width, rows in ((4, 32, 64), (4, 128, 1000), (8, 64, 75)):
+        torch.manual_seed(rows)
+        grid = Grid(bits, symmetric, width)
+        block, cost = torch.randn(width, rows).cuda(), torch.rand(width, 1).cuda()
+        found, expected = find_range(block, cost, grid), try_ranges(block, cost, grid)
+        errors = [
+            (grid.round_to(block, *each) - block).square().mul(cost).sum(0)
+            for each in (found, expected)
+        ]
+        # sums in another order may prefer another of two ranges that are as good
+        torch.testing.assert_close(*errors, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.gpu

@@ -51,7 +51,8 @@ def test_the_base_is_every_large_weight_of_a_graph(graph, model):
 
 def test_an_adapter_is_read_where_it_lies_in_its_file(model):
     folder, file = model
-    held = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+    adapter = onnxruntime.AdapterFormat.read_adapter(str(file))
+    held = adapter.get_parameters()
     entries = adapter_weights(file, folder, load_graph(folder).graph)
     assert {entry["name"] for entry in entries} == held.keys()
     for entry in entries:

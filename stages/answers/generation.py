@@ -338,7 +338,7 @@ class OnnxModel:
 
 def surprise(logits: np.ndarray, tokens: list[int]) -> np.ndarray:
     """Return -log p of each token, [tokens], from the logits before it, [tokens, vocabulary]."""
-    logits = logits.astype(np.float64)
     highest = logits.max(axis=-1)  # exp of a large logit overflows; of a difference it does not
-    normalizer = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
-    return normalizer - logits[np.arange(len(tokens)), tokens]
+    total = np.exp(logits - highest[:, None]).sum(axis=-1, dtype=np.float64)
+    chosen = logits[np.arange(len(tokens)), tokens]
+    return np.log(total) + (highest.astype(np.float64) - chosen)

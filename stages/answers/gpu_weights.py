@@ -47,9 +47,9 @@ def adapter_weights(file: Path, folder: Path, graph: ir.Graph) -> list[Entry]:
     """
     inputs = lora_inputs(graph)
     content = file.read_bytes()
-    parameters = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+    adapter = onnxruntime.AdapterFormat.read_adapter(str(file))  # its parameters read its memory
     entries, end = [], len(content)
-    for name, value in sorted(parameters.items()):
+    for name, value in sorted(adapter.get_parameters().items()):
         array = value.numpy()
         if name not in inputs or not fits(array, inputs[name]):
             raise UserError(f"{name} {list(array.shape)} {array.dtype} is no input of {LORA_GRAPH}")

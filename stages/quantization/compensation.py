@@ -94,8 +94,18 @@ def find_range(block: torch.Tensor, cost: torch.Tensor, grid: Grid) -> Pair:
     """Return step and zero point, [out] each, of one group, [group_size, out]; cost, [group_size, 1].
 
     A narrower range clips the outermost weights and gives all others a finer step. Which is better differs
-    from row to row, so every row keeps the best of SHRINKS.
+    from row to row, so every row keeps the best of SHRINKS. On CUDA one kernel tries them all: launched one
+    by one, each reads and writes the block ten times.
     """
+    if block.is_cuda:
+        from stages.quantization.compensation_kernel import find_range_at_once
+
+        return find_range_at_once(block, cost, grid, SHRINKS)
+    return try_ranges(block, cost, grid)
+
+
+def try_ranges(block: torch.Tensor, cost: torch.Tensor, grid: Grid) -> Pair:
+    """Return `find_range`'s step and zero point, one of SHRINKS after the other."""
     low, high = block.amin(0), block.amax(0)
     step, zero = grid.range(low, high)
     least = torch.full_like(step, torch.inf)

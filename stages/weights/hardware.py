@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# cuDNN's attention plans anew for every length: of text written token by token that was most of the time
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def device() -> str:
     """Return where tensors go: the GPU where there is one."""
