@@ -103,6 +103,19 @@ def test_a_head_that_stays_float_stays_float_in_the_graph(tied, tmp_path):
     same(model.logits(SHORT), logits(load_dequantized(packed), SHORT))
 
 
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", ["tied", "phi3"])
+def test_a_symmetric_checkpoint_needs_no_zero_points(family, provider, tmp_path):
+    packed = checkpoint(tmp_path, FAMILIES[family], symmetric=True)
+    assert not any("qzeros" in name for name in load_file(packed / "model.safetensors"))
+    level = 1 if provider == "cpu" else None
+    options = Optimize(execution_provider=provider, accuracy_level=level)
+    folder = exported(packed, tmp_path / "onnx", options=options)
+    assert "qzeros" not in (folder / "model.onnx").read_bytes().decode("latin-1")
+    if provider == "cpu":
+        same(OnnxModel(folder).logits(SHORT), logits(load_dequantized(packed), SHORT))
+
+
 def test_a_checkpoint_without_its_head_is_refused_by_name(tmp_path):
     packed = checkpoint(tmp_path, FAMILIES["llama"], head_bits=16)
     tensors = load_file(packed / "model.safetensors")

@@ -13,10 +13,13 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from olive.hardware.constants import ExecutionProvider
 from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
@@ -82,7 +85,30 @@ def build(checkpoint: Path, out: Path, provider: str, accuracy_level: int | None
         words.append(f"accuracy_level={accuracy_level}")
     where = ("", str(checkpoint), str(out), "int4", provider, str(out.parent / "cache"))
     options = builder.parse_extra_options(*where, words)
-    builder.create_model(*where, **options)
+    with fusing_without_zero_points():
+        builder.create_model(*where, **options)
+
+
+@contextmanager
+def fusing_without_zero_points() -> Iterator[None]:
+    """Let the builder fuse q, k and v of a symmetric checkpoint, whose zero points it takes for granted."""
+    fuse = builder.Model.make_packed_matmul_int4_class
+
+    def fuse_any(model: Any, *parts: Any) -> Any:
+        if any(getattr(part, "qzeros", "none needed") is not None for part in parts):
+            return fuse(model, *parts)
+        for part in parts:
+            part.qzeros = torch.empty(0)
+        fused = fuse(model, *parts)
+        for each in (fused, *parts):
+            each.qzeros = None
+        return fused
+
+    builder.Model.make_packed_matmul_int4_class = fuse_any
+    try:
+        yield
+    finally:
+        builder.Model.make_packed_matmul_int4_class = fuse
 
 
 def keep_every_position(genai_config: Path) -> None:

@@ -46,7 +46,9 @@ FAMILIES = {
 EXACT = Optimize(execution_provider="cpu", accuracy_level=1)
 
 
-def checkpoint(folder: Path, architecture: dict, head_bits: int = 8, bits: int = 4) -> Path:
+def checkpoint(
+    folder: Path, architecture: dict, head_bits: int = 8, bits: int = 4, symmetric: bool = False
+) -> Path:
     """Make a random model and pack it; norms, biases and weights are away from their defaults."""
     base, packed = folder / "base", folder / "packed"
     corpus = folder / "corpus.jsonl"
@@ -59,7 +61,7 @@ def checkpoint(folder: Path, architecture: dict, head_bits: int = 8, bits: int =
     options = {
         "bits": bits,
         "group_size": 32,
-        "sym": False,
+        "sym": symmetric,
         "lm_head": head_bits < 16,
         "embeds": head_bits < 16,
         "overrides": {name: {"bits": size} for name, size in sizes.items() if size < 16},
