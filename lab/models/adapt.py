@@ -38,14 +38,13 @@ def adapt(
     with written_beside(target) as beside:
         inputs = convert(peft, model, beside)
     print(f"{target} ({in_megabytes(size_of(target))}, {inputs} inputs)")
-    warn_of_another_base(peft, model)
+    warn_of_another_base(peft, model, str(load_graph(model).metadata_props.get(BASE)))
     print(f"lab chat --model {model} --adapter {peft.resolve().name}={target}")
 
 
-def warn_of_another_base(peft: Path, model: Path) -> None:
+def warn_of_another_base(peft: Path, model: Path, base: str) -> None:
     """Name both bases where they are called differently: equal shapes do not make equal weights."""
     trained_on = str(read_config(peft).get("base_model_name_or_path"))
-    base = str(load_graph(model).metadata_props.get(BASE))
     if Path(trained_on).name.casefold() != base.casefold():
         print(
             f"lab: warning: the adapter was trained on {trained_on}, and {model} is {base}: it fits in "

@@ -3,6 +3,7 @@
 lab chat "what is the best thing to see in chicago"
 lab chat                                             # interactive
 lab chat --no-adapter "..."                          # the base model alone
+lab chat --model models/merged "..."                 # what `lab merge` made: its adapter is in the weights
 lab chat --adapter travel=a.onnx_adapter --adapter food=b.onnx_adapter "..."    # side by side
 """
 
@@ -50,7 +51,12 @@ def chat(
             stream.reconfigure(errors="replace")
     if no_adapter and adapter:
         raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
-    adapters = {} if no_adapter else parse_adapters(adapter)
+    if adapter and takes_none(model):
+        raise UserError(
+            f"{model} takes no adapter: `lab merge` put one into it; leave --adapter out"
+        )
+    without = no_adapter or takes_none(model)
+    adapters = {} if without else parse_adapters(adapter)
     onnx = Speaker(model, adapters)
     opening: Messages = [{"role": "system", "content": system}] if system else []
     if question is None:
@@ -58,6 +64,11 @@ def chat(
     else:
         messages = [*opening, {"role": "user", "content": question}]
         ask(onnx, list(adapters), messages, max_new_tokens)
+
+
+def takes_none(model: Path) -> bool:
+    """Say whether a folder has a model, and no graph that takes an adapter: what `lab merge` makes."""
+    return (model / "model.onnx").is_file() and not (model / "lora.onnx").is_file()
 
 
 def check_question(question: str) -> None:
