@@ -111,6 +111,13 @@ def refuse_links(folder: Path) -> None:
             )
 
 
+def refuse_no_file(name: str, file: Path) -> None:
+    """Raise `UserError` where an adapter's path names no file."""
+    if not file.is_file():
+        wrong = "is a folder: name the file in it" if file.is_dir() else "does not exist"
+        raise UserError(f"adapter {name}: {file} {wrong}")
+
+
 class OnnxModel:
     """An ONNX Runtime GenAI model with adapters loaded beside it; tokens in, tokens out, greedily."""
 
@@ -124,9 +131,7 @@ class OnnxModel:
         self.ends = set(ends) if isinstance(ends, list) else {ends}
         files = {name: Path(file) for name, file in (adapters or {}).items()}
         for name, file in files.items():
-            if not file.is_file():
-                wrong = "is a folder: name the file in it" if file.is_dir() else "does not exist"
-                raise UserError(f"adapter {name}: {file} {wrong}")
+            refuse_no_file(name, file)
         self.folder = folder
         self._models: dict[Hashable, og.Model] = {}
         self._adapters: og.Adapters | None = None  # on the CPU
@@ -146,16 +151,19 @@ class OnnxModel:
             return
         self._adapters = og.Adapters(model)
         for name, file in files.items():
-            try:
-                self._adapters.load(str(file), name)
-            except Exception:  # noqa: BLE001  # the binding raises plain Exception
-                raise self._damaged(name, file) from None
+            self._load_on_cpu(self._adapters, name, file)
+
+    def _load_on_cpu(self, adapters: og.Adapters, name: str, file: Path) -> None:
+        try:
+            adapters.load(str(file), name)
+        except Exception:  # noqa: BLE001  # the binding raises plain Exception
+            raise self._damaged(name, file) from None
 
     def _share(self, files: dict[str, Path]) -> None:
         """Say what a GPU has to hold for the base and for each adapter; models are opened when asked for."""
         import onnx_ir as ir  # like the next one, for a GPU alone
 
-        from stages.answers.gpu_weights import adapter_weights, base_weights
+        from stages.answers.gpu_weights import base_weights
 
         try:
             self._shared = {None: base_weights(ir.load(self.folder / GRAPH).graph)}
@@ -164,13 +172,49 @@ class OnnxModel:
         except Exception as error:  # noqa: BLE001  # what protobuf says of a file that was cut
             raise damaged(self.folder, plain(error)) from None
         for name, file in files.items():
-            try:
-                self._shared[name] = weights + adapter_weights(file, self.folder, graph)
-            except UserError as error:
-                raise self._misfit(name, file, str(error)) from None
-            except Exception:  # noqa: BLE001  # the binding raises plain Exception
-                raise self._damaged(name, file) from None
+            self._shared[name] = weights + self._tensors(name, file, graph)
         self._model(None, captured=True)
+
+    def _tensors(self, name: str, file: Path, graph: Any) -> list[Entry]:
+        """Return an adapter's tensors as a GPU gets them."""
+        from stages.answers.gpu_weights import adapter_weights
+
+        try:
+            return adapter_weights(file, self.folder, graph)
+        except UserError as error:
+            raise self._misfit(name, file, str(error)) from None
+        except Exception:  # noqa: BLE001  # the binding raises plain Exception
+            raise self._damaged(name, file) from None
+
+    def load(self, name: str, file: str | Path) -> None:
+        """Load one more adapter; the model must have been opened with adapters."""
+        file = Path(file)
+        refuse_no_file(name, file)
+        if self._shared is not None:
+            import onnx_ir as ir
+
+            from stages.answers.gpu_weights import base_weights
+
+            graph = ir.load(self.folder / LORA_GRAPH).graph
+            self._shared[name] = base_weights(graph) + self._tensors(name, file, graph)
+        elif self._adapters is not None:
+            self._load_on_cpu(self._adapters, name, file)
+        else:
+            raise ValueError("the model was opened without adapters")
+        try:
+            self._check_fits(name, file)
+        except UserError:
+            self.unload(name)
+            raise
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter, of which no generator may be left."""
+        if self._shared is not None:
+            del self._shared[name]
+            for captured in (True, False):
+                self._models.pop((name, captured), None)
+        elif self._adapters is not None:
+            self._adapters.unload(name)
 
     def _model(self, adapter: str | None, captured: bool) -> og.Model:
         """Return the model that answers with an adapter.
@@ -214,19 +258,22 @@ class OnnxModel:
         adapter: str | None = None,
         to_the_end: bool = False,
         batch_size: int = 1,
+        search: Mapping[str, Any] | None = None,
     ) -> og.Generator:
-        """Return a greedy generator for sequences of at most `max_length` tokens, or exactly as many.
+        """Return a generator for sequences of at most `max_length` tokens, or exactly as many.
 
-        The cache for keys and values is as large as `max_length`, whatever the model's context.
+        It is greedy unless `search` has other options of the runtime. The cache for keys and values is as
+        large as `max_length`, whatever the model's context.
         """
         model = self._model(adapter, captured=batch_size == 1)
         params = og.GeneratorParams(model)
-        params.set_search_options(
-            max_length=max_length,
-            min_length=max_length if to_the_end else 0,
-            do_sample=False,
-            batch_size=batch_size,
-        )
+        options: dict[str, Any] = {
+            "max_length": max_length,
+            "min_length": max_length if to_the_end else 0,
+            "do_sample": False,
+            "batch_size": batch_size,
+        }
+        params.set_search_options(**options | dict(search or {}))
         generator = og.Generator(model, params)
         if adapter is not None and self._adapters is not None:
             generator.set_active_adapter(self._adapters, adapter)

@@ -1,0 +1,1 @@
+"""The ONNX model behind OpenAI's HTTP interface: `lab serve`."""
