@@ -64,7 +64,7 @@ def measure(folder: Path) -> None:
     figures["finetune"] = finetune(folder, figures)
     for stage in ("optimize", "adapt", "evaluate", "report"):
         figures[stage] = run_stage(stage, folder)
-    figures["chain_seconds"] = round(sum(figures[stage]["seconds"] for stage in CHAIN), 1)
+    figures["chain_seconds"] = round(sum(figures[stage]["wall_seconds"] for stage in CHAIN), 1)
     keep("full_scale", figures)
     packed = ["finetune.base=packed", "finetune.gradient_checkpointing=true"]
     figures["finetune_packed"] = finetune(folder, figures, *packed)

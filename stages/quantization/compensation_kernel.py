@@ -1,7 +1,7 @@
 """`compensation.try_ranges` and `round_columns` as Triton kernels: one program does all of some rows.
 
 A tile, [size, TILE], stays in registers from the first column, or range, to the last. So a group costs one
-launch each and two writes of memory, where plain torch launches ten kernels for each and reads the block again.
+launch and two writes of memory, where plain torch launches ten kernels for each and reads the block again.
 """
 
 from __future__ import annotations
