@@ -33,7 +33,7 @@ export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-fast coverage test-azure test-azureml azurite azurite-stop bench lint lock clean check-extra
+.PHONY: help setup repro test test-fast coverage test-azure test-azureml azurite azurite-stop bench docs lint lock clean check-extra
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -117,6 +117,9 @@ bench: setup ## measure decoding, LoRA and AWQ beside their peers, after make re
 	@$(BIN)/python -m benchmarks.decode
 	@$(BIN)/python -m benchmarks.lora
 	@$(BIN)/python -m benchmarks.awq --peer .venv-peers/bin/python
+
+docs: setup ## fill the figures of README and docs from metrics/ and benchmarks/results
+	@$(BIN)/python -m benchmarks.figures
 
 lint: setup ## ruff check, ruff format --check, mypy, and params.yaml against conf/
 	@$(BIN)/ruff check .

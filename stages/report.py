@@ -17,8 +17,7 @@ from typing import Any
 from stages.core.files import read_json, write_json, written_beside
 from stages.core.running import run
 from stages.core.settings import Settings
-from stages.scoring.bootstrap import intervals
-from stages.scoring.metrics import parity_terms, terms_of
+from stages.scoring.bootstrap import all_terms, intervals
 from stages.scoring.predictions import MODELS, Parity, Prediction, as_jsonl, read_predictions
 
 METRICS = Path("metrics")
@@ -67,7 +66,7 @@ def costs() -> dict[str, Metrics]:
 
 def quality_table(quality: Metrics, predictions: list[Prediction]) -> str:
     """Return a Markdown table: every figure, with the adapter and without, its 95 % interval and its n."""
-    sure, terms = intervals(predictions), terms_of(predictions) | parity_terms(predictions)
+    sure, terms = intervals(predictions), all_terms(predictions)
     lines = ["| metric | value | 95 % interval | n | without adapter | 95 % interval |"]
     lines.append("|" + "---|" * 6)
     for name in (name for name in quality if not name.endswith("_base")):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks import figures
 from lab.cli import COMMANDS
 from lab.review.meanings import worse_by
 from stages.params import compose, flat
@@ -17,7 +18,7 @@ README = ROOT / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 FOLDERS = "azurite|benchmarks|conf|data|docs|hydra_plugins|lab|metrics|requirements|stages|tests"
-MADE_BY_A_RUN = ("data/prepared", "metrics/raw", "metrics/speed")
+MADE_BY_A_RUN = ("data/prepared", "metrics/noise.json", "metrics/raw", "metrics/speed")
 SETTINGS = "model|data|quantize|finetune|optimize|evaluate"
 
 
@@ -131,20 +132,69 @@ def test_the_glossary_and_lab_review_agree_on_what_is_better(file):
         assert better == ("less" if worse_by(name, 1.0) > 0 else "more"), name
 
 
-def test_readme_shows_the_quality_and_sizes_that_metrics_holds():
-    """An interval that is a point (all right, or all wrong) is no interval: README says it otherwise."""
-    results = TEXTS["README.md"].partition("## Results\n")[2].partition("\n## ")[0]
-    quality = json.loads((ROOT / "metrics/quality.json").read_text())
-    sizes = json.loads((ROOT / "metrics/size.json").read_text())
-    quantized = [name for name in quality if name.startswith(("perplexity_", "task_perplexity_"))]
-    expected = [f"{quality[name]:g}" for name in quantized]
-    expected.append(", ".join(f"{size:g}" for size in sizes.values()))
-    for row in (ROOT / "metrics/quality.md").read_text().splitlines()[2:]:
-        _, _, value, interval, _, base, interval_base, _ = (cell.strip() for cell in row.split("|"))
-        for figure, around in ((value, interval), (base, interval_base)):
-            low, _, high = around.partition(" to ")
-            expected += [f"{figure} ({around})"] if low != high else []
-    assert [figure for figure in expected if figure not in results] == []
+FILLED = {page.relative_to(ROOT).as_posix(): page for page in figures.PAGES}
+UNITS = "tokens/s|GiB|MiB|GB|MB|ms|%"
+
+
+@pytest.mark.parametrize("page", FILLED)
+def test_every_figure_of_a_page_is_what_its_source_holds(page):
+    """Where it is not: `make docs`."""
+    assert figures.fill(TEXTS[page]) == TEXTS[page]
+
+
+@pytest.mark.parametrize("page", FILLED)
+def test_a_measured_figure_has_a_source(page):
+    """What has a unit of measurements is filled in, but for rules, sizes of others, and examples of code."""
+    known = (
+        "80GB",
+        "7.6 GB",
+        "13 GB",
+        "20 GB",
+        "2 GB",
+        "200 MB",
+        "10 MB",
+        "16 GB",
+        "95 %",
+        "100 %",
+    )
+    prose = re.sub(
+        r"^```.*?^```", "", figures.without_figures(TEXTS[page]), flags=re.MULTILINE | re.DOTALL
+    )
+    found = re.findall(rf"(?<![\w.])\d[\d.,]*\s?(?:{UNITS})(?!\w)", prose)
+    assert [figure for figure in found if figure not in known] == []
+
+
+@pytest.mark.parametrize("page", FILLED)
+def test_no_line_begins_with_a_figures_comment(page):
+    """Markdown would take the line for HTML."""
+    assert re.findall(r"^<!--\{.*", TEXTS[page], re.MULTILINE) == []
+
+
+def test_a_figure_in_a_sentence_and_in_a_table_is_filled_in():
+    text = (
+        "It has <!--{full_scale.json matmul_tflops .0f}-->1<!--/--> of them.\n<!-- figures\n"
+        "| {decode_gpu.json limit.device} |\n-->\n\n| old |\n\n<!-- /figures -->\n"
+    )
+    filled = figures.fill(text)
+    rate = json.loads((ROOT / "benchmarks/results/full_scale.json").read_text())["matmul_tflops"]
+    assert f"-->{rate}<!--/--> of them" in filled
+    assert "\n| cuda |\n" in filled
+    assert "old" not in filled
+    assert figures.fill(filled) == filled
+
+
+def test_a_figure_without_a_source_is_refused():
+    with pytest.raises(KeyError, match=r"full_scale.json has no fetch.hours"):
+        figures.fill("<!--{full_scale.json fetch.hours}-->1<!--/-->")
+
+
+def test_the_results_at_full_scale_hold_only_what_their_script_writes():
+    results = json.loads((ROOT / "benchmarks/results/full_scale.json").read_text())
+    stages = {"fetch", "prepare", "quantize", "finetune", "optimize", "adapt", "evaluate", "report"}
+    written = {"machine", "matmul_tflops", "chain_seconds", "finetune_packed", *stages}
+    assert results.keys() <= written
+    cost = {"wall_seconds", "seconds", "peak_memory_gib", "peak_gpu_memory_gib", "limit_seconds"}
+    assert results["quantize"].keys() <= {*cost, "machine"}
 
 
 def test_the_changelog_begins_with_the_version_of_the_project():

@@ -164,6 +164,11 @@ ROWS = [  # a command, its exit code (None: it is ended when the words appear), 
     ("lab review", 0, "."),
     ("lab results", 0, "^recall_exact_match"),
     ("lab review --stages", None, "dvc.lock (matches|is out of date)"),  # the latter amid an edit
+    (
+        "lab noise",
+        1,
+        "^lab: (models/base is not in DVC's cache|dvc.lock is out of date)",
+    ),
     ("lab exp", 0, "."),
     ("lab promote bold-fish", 1, "git does not know who you are"),
     ("lab run -S finetune.max_steps=200", 1, NO_REMOTE),

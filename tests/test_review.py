@@ -16,6 +16,7 @@ from lab.review.gates import verdict
 from lab.review.intervals import intervals
 from lab.review.page import cell, in_words
 from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, find_base
+from lab.review.seeds import Doubt
 from stages.core.errors import UserError
 from stages.core.settings import Gate
 from stages.scoring.predictions import MODELS, Parity, Prediction, Scores, as_jsonl
@@ -38,17 +39,25 @@ def predictions(right: list[int]) -> list[Prediction]:
     ]
 
 
-def test_the_same_answers_leave_no_doubt():
+def test_the_same_answers_tell_a_small_change_from_none_only_as_far_as_their_number_goes():
     same = predictions([1, 0] * 20)
-    assert intervals(same, same)["recall_exact_match"] == (0, 0)
+    low, high = intervals(same, same)["recall_exact_match"]
+    assert -0.1 < low < 0 < high < 0.1
+    assert intervals(same, same)["rouge_l"] == (0, 0)
 
 
 def test_one_more_right_answer_could_be_noise_and_twenty_could_not():
     before = predictions([0] * 40)
     low, _ = intervals(before, predictions([1] + [0] * 39))["recall_exact_match"]
-    assert low == 0
+    assert low < 0
     low, high = intervals(before, predictions([1] * 20 + [0] * 20))["recall_exact_match"]
     assert 0.3 < low < 0.5 < high < 0.7
+
+
+def test_other_prompts_are_compared_by_the_interval_of_each():
+    before, after = predictions([1] * 40), predictions([1] * 41)
+    low, high = intervals(before, after)["recall_exact_match"]
+    assert -0.1 < low < 0 < high < 0.1
 
 
 def test_without_prompts_no_interval_is_claimed():
@@ -57,27 +66,32 @@ def test_without_prompts_no_interval_is_claimed():
 
 
 @pytest.mark.parametrize(
-    ("gate", "before", "after", "interval", "passed"),
+    ("gate", "before", "after", "interval", "seeds", "passed"),
     [
-        (Gate(minimum=0.8), None, 0.8, None, True),
-        (Gate(minimum=0.8), None, 0.79, None, False),
-        (Gate(maximum=150), None, 151, None, False),
-        (Gate(regression=0.02), 0.9, 0.89, (-0.02, -0.001), True),
-        (Gate(regression=0.02), 0.9, 0.8, (-0.15, -0.05), False),
-        (Gate(regression=0.02), 0.9, 0.8, (-0.25, 0.05), True),  # noise could explain it
-        (Gate(regression=0.02), 0.9, 0.8, None, False),
-        (Gate(regression=0.02), 0.8, 0.9, (0.05, 0.15), True),
-        (Gate(minimum=0.8), 0.9, None, None, False),
+        (Gate(minimum=0.8), None, 0.8, None, None, True),
+        (Gate(minimum=0.8), None, 0.79, None, None, False),
+        (Gate(maximum=150), None, 151, None, None, False),
+        (Gate(regression=0.02), 0.9, 0.89, (-0.02, -0.001), None, True),
+        (Gate(regression=0.02), 0.9, 0.8, (-0.15, -0.05), None, False),
+        (Gate(regression=0.02), 0.9, 0.8, (-0.15, -0.05), 0.05, False),
+        (Gate(regression=0.02), 0.9, 0.8, (-0.25, 0.05), 0.0, True),  # prompts could explain it
+        (Gate(regression=0.02), 0.9, 0.8, (-0.15, -0.05), 0.2, True),  # seeds could
+        (Gate(regression=0.02), 0.9, 0.8, (-0.19, -0.01), 0.09, True),  # only both together could
+        (Gate(regression=0.02), 0.9, 0.8, None, 0.2, True),  # no prompts, but seeds could
+        (Gate(regression=0.02), 0.9, 0.8, None, None, False),
+        (Gate(regression=0.02), 0.8, 0.9, (0.05, 0.15), 0.0, True),
+        (Gate(minimum=0.8), 0.9, None, None, None, False),
     ],
 )
-def test_a_gate_fails_for_what_noise_cannot_explain(gate, before, after, interval, passed):
-    assert verdict("recall_exact_match", gate, before, after, interval).passed is passed
+def test_a_gate_fails_for_what_noise_cannot_explain(gate, before, after, interval, seeds, passed):
+    doubt = Doubt((after or 0) - (before or 0), interval, seeds)
+    assert verdict("recall_exact_match", gate, before, after, doubt).passed is passed
 
 
 def test_less_is_better_for_a_perplexity():
     gate = Gate(regression=0.2)
-    assert verdict("answer_perplexity", gate, 4.0, 3.0, (-1.2, -0.8)).passed
-    assert not verdict("answer_perplexity", gate, 4.0, 4.5, (0.3, 0.7)).passed
+    assert verdict("answer_perplexity", gate, 4.0, 3.0, Doubt(-1.0, (-1.2, -0.8), 0.1)).passed
+    assert not verdict("answer_perplexity", gate, 4.0, 4.5, Doubt(0.5, (0.3, 0.7), 0.1)).passed
 
 
 def test_an_answer_stays_text_inside_its_table():
@@ -125,6 +139,7 @@ READERS = {
     "dvc.lock": lambda revision: revision.lock,
     QUALITY: lambda revision: revision.metrics,
     "metrics/costs.json": lambda revision: revision.costs,
+    "metrics/noise.json": lambda revision: revision.noise,
     ROWS: lambda revision: revision.predictions,
     "loss.csv": lambda revision: revision.table("loss.csv"),
     "tradeoff.json": lambda revision: revision.table("tradeoff.json"),
@@ -147,6 +162,7 @@ READERS = {
         (QUALITY, b'{"chrf": 50', r"is unreadable \(.*line 1"),
         (QUALITY, b"", r"is unreadable \(.*line 1"),
         ("metrics/costs.json", b'{"fetch": 3}', "a stage without its figures"),
+        ("metrics/noise.json", b'{"metrics": {"chrf": {"values": [1]}}}', "without two values"),
         (ROWS, b"\n{}\n", "lacks 'kind' in line 2"),
         (ROWS, b"{\n", r"is unreadable \(line 1: "),
         ("loss.csv", b"split,step,loss\ntrain,1\n", "2 cells below a heading of 3: train,1"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from lab.review.intervals import intervals as changes_of
 from stages.adapters.lora_inputs import LORA_GRAPH
 from stages.adapters.peft_adapter import Pair
 from stages.answers.decode_speed import measure_in_own_process
@@ -42,7 +44,7 @@ from stages.quantization.architecture import projections
 from stages.quantization.awq import Awq
 from stages.quantization.calibration import calibration_set
 from stages.quantize import pass_config
-from stages.scoring.bootstrap import SEED, draw, intervals, middle
+from stages.scoring.bootstrap import intervals
 from stages.scoring.metrics import summarize
 from stages.scoring.predictions import MODELS, Parity, Prediction
 from stages.text.chats import load_tokenizer
@@ -204,10 +206,13 @@ def costs(
 def summary(predictions: list[Prediction]) -> dict[str, dict[str, Any]]:
     """Return every metric of the merged and the unmerged model, with 95 % intervals, theirs and the change's.
 
-    Both are drawn on the same prompts, so that what is hard for both cancels out.
+    Both answered the same prompts, so that what is hard for both cancels out.
     """
     values, sure = summarize(predictions), intervals(predictions)
-    drawn = draw(predictions, np.random.default_rng(SEED))
+    unmerged = [
+        replace(each, scores=dict.fromkeys(MODELS, each.scores["base"])) for each in predictions
+    ]
+    changes = changes_of(unmerged, predictions)
     found: dict[str, dict[str, Any]] = {}
     for name in (name for name in values if not name.endswith(MODELS["base"])):
         other = name + MODELS["base"]
@@ -217,7 +222,7 @@ def summary(predictions: list[Prediction]) -> dict[str, dict[str, Any]]:
             "unmerged": values[other],
             "unmerged_interval": rounded(sure[other]),
             "change": round(values[name] - values[other], 4),
-            "change_interval": rounded(middle(drawn[name] - drawn[other])),
+            "change_interval": rounded(changes[name]),
         }
     return found
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lab.review.intervals import Interval, by_key
+from lab.review.intervals import by_key
 from lab.review.meanings import is_timing, worse_by
 from lab.review.revisions import Revision
+from lab.review.seeds import Doubt
 from stages.scoring.predictions import Prediction
 
 
@@ -18,7 +19,7 @@ class Metric:
     name: str
     before: float | None
     after: float | None
-    interval: Interval | None = None
+    doubt: Doubt | None = None
 
     @property
     def change(self) -> float | None:
@@ -34,16 +35,19 @@ class Metric:
 
     @property
     def verdict(self) -> str:
-        """Better, worse, or noise; a timing or a metric without prompts is never called sure."""
+        """Better, worse, or noise; sure is what neither prompts nor seeds explain, and both were measured."""
         if self.change is None:
             return "new" if self.before is None else "gone"
         if self.change == 0:
             return "same"
         if is_timing(self.name) or worse_by(self.name, 1) is None:
             return "depends on the machine" if is_timing(self.name) else "changed"
-        if self.interval and self.interval[0] <= 0 <= self.interval[1]:
-            return "could be noise"
-        return ("surely " if self.interval else "") + ("worse" if self.worse else "better")
+        way = "worse" if self.worse else "better"
+        if self.doubt and self.doubt.hidden_by:
+            return f"could be noise ({self.doubt.hidden_by})"
+        if self.doubt and self.doubt.sure:
+            return f"surely {way}"
+        return f"{way} beyond the prompts" if self.doubt and self.doubt.prompts else way
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def parameters(base: Revision, head: Revision) -> list[tuple[str, Any, Any]]:
     return [row for row in pairs if row[1] != row[2]]
 
 
-def metrics(base: Revision, head: Revision, sure: dict[str, Interval]) -> list[Metric]:
+def metrics(base: Revision, head: Revision, sure: dict[str, Doubt]) -> list[Metric]:
     """Return every metric of either revision, in the order of the later one."""
     names = list(dict.fromkeys([*head.metrics, *base.metrics]))
     return [Metric(n, base.metrics.get(n), head.metrics.get(n), sure.get(n)) for n in names]

@@ -16,6 +16,7 @@ from lab.review import changes, page
 from lab.review.gates import judge
 from lab.review.intervals import intervals, same_prompts
 from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, find_base
+from lab.review.seeds import doubts
 from lab.review.stages import OutOfDate, out_of_date
 from stages.core.errors import UserError
 from stages.core.settings import load
@@ -46,7 +47,7 @@ def review(
 def look(base: Revision, head: Revision, shown: int) -> page.Review:
     """Find out everything that the page says."""
     tracked = inputs(head)
-    sure = intervals(base.predictions, head.predictions)
+    sure = doubts(base, head, intervals(base.predictions, head.predictions))
     return page.Review(
         base=base,
         head=head,
@@ -61,6 +62,7 @@ def look(base: Revision, head: Revision, shown: int) -> page.Review:
         shown=shown,
         prompts=len(head.predictions) if base.predictions else 0,
         comparable=same_prompts(base.predictions, head.predictions),
+        seeds=head.noise_measured or base.noise_measured,
     )
 
 

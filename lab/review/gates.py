@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.review.intervals import Interval
 from lab.review.meanings import worse_by
+from lab.review.seeds import Doubt
 from stages.core.errors import UserError
 from stages.core.settings import Gate
 
@@ -23,7 +23,7 @@ def judge(
     gates: dict[str, Gate],
     before: dict[str, float],
     after: dict[str, float],
-    sure: dict[str, Interval],
+    sure: dict[str, Doubt],
 ) -> list[Verdict]:
     """Return the verdict of every gate."""
     return [
@@ -33,7 +33,7 @@ def judge(
 
 
 def verdict(
-    name: str, gate: Gate, before: float | None, after: float | None, interval: Interval | None
+    name: str, gate: Gate, before: float | None, after: float | None, doubt: Doubt | None
 ) -> Verdict:
     """Judge one metric; what noise could explain is no regression."""
     if after is None:
@@ -44,19 +44,20 @@ def verdict(
         return Verdict(name, False, f"{after:g} is above the maximum {gate.maximum:g}")
     if gate.regression is None or before is None:
         return Verdict(name, True, kept(gate))
-    return regression(name, gate.regression, worsening(name, before, after), interval, kept(gate))
+    return regression(name, gate.regression, worsening(name, before, after), doubt, kept(gate))
 
 
 def regression(
-    name: str, allowed: float, worse: float, interval: Interval | None, limits: str
+    name: str, allowed: float, worse: float, doubt: Doubt | None, limits: str
 ) -> Verdict:
     """Judge how much worse a metric became."""
     if worse <= allowed:
         return Verdict(name, True, limits)
     text = f"worse by {worse:.4g}, {allowed:g} allowed"
-    if interval and interval[0] <= 0 <= interval[1]:
-        return Verdict(name, True, f"{text}, but noise could explain it")
-    return Verdict(name, False, text)
+    if doubt and doubt.hidden_by:
+        return Verdict(name, True, f"{text}, but {doubt.explanation} could explain it")
+    unknown = doubt is not None and doubt.seeds is None
+    return Verdict(name, False, f"{text} (training seeds not measured)" if unknown else text)
 
 
 def worsening(name: str, before: float, after: float) -> float:

@@ -16,6 +16,7 @@ from lab.review.gates import Verdict
 from lab.review.meanings import MEANINGS
 from lab.review.revisions import Revision
 from lab.review.stages import OutOfDate
+from stages.scoring.predictions import MODELS
 
 TEMPLATE = "page.md.j2"
 LONGEST = 300  # characters of an answer that are shown
@@ -41,6 +42,7 @@ class Review:
     shown: int
     prompts: int
     comparable: bool
+    seeds: str  # what training noise was measured on, empty where it was not
 
     @property
     def passed(self) -> bool:
@@ -55,17 +57,26 @@ class Review:
     @property
     def headline(self) -> str:
         """Whether it is better, in one sentence, judged by the metrics that noise cannot explain."""
-        better, worse = (names(self.metrics, f"surely {w}") for w in ("better", "worse"))
         if not self.moved:
             return "**Nothing changed** in the results."
-        if better and worse:
-            return f"**Mixed**: surely better in {better}; surely worse in {worse}."
-        if better or worse:
-            word = "Better" if better else "Worse"
-            return f"**{word}**: {word.lower()} beyond noise in {better or worse}."
-        return (
-            "**No difference that is sure**: the test prompts cannot tell these changes from noise."
+        mine = [metric for metric in self.metrics if not metric.name.endswith(MODELS["base"])]
+        others = [metric for metric in self.metrics if metric not in mine]
+        if sure := in_one(mine, "surely {}"):
+            return f"{sure} beyond noise."
+        # what is sure of the model without its adapter is said too: no line may deny it
+        found = (
+            [f"without its adapter the model is {said}"]
+            if (said := ways(others, "surely {}"))
+            else []
         )
+        if prompts := in_one(mine, "{} beyond the prompts"):
+            found = [
+                f"{prompts} as far as test prompts tell; training seeds were not measured",
+                *found,
+            ]
+            return f"{'; '.join(found)}."
+        start = "**No difference that is sure**" + (" with the adapter" if found else "")
+        return f"{'; '.join([f'{start}: noise could explain these changes', *found])}."
 
     @property
     def machines(self) -> list[tuple[str, str]]:
@@ -85,10 +96,23 @@ class Review:
         return {word: found.count(word) for word in ("newly right", "newly wrong", "reworded")}
 
 
+def in_one(metrics: list[Metric], verdict: str) -> str:
+    """Say in which metrics it is better or worse by a verdict such as "surely {}", nothing if in none."""
+    found = [way for way in ("better", "worse") if names(metrics, verdict.format(way))]
+    if not found:
+        return ""
+    return f"**{found[0].title() if len(found) == 1 else 'Mixed'}**: {ways(metrics, verdict)}"
+
+
+def ways(metrics: list[Metric], verdict: str) -> str:
+    """List the metrics that are better and those that are worse by a verdict."""
+    listed = {way: names(metrics, verdict.format(way)) for way in ("better", "worse")}
+    return ", ".join(f"{way} in {found}" for way, found in listed.items() if found)
+
+
 def names(metrics: Iterable[Metric], verdict: str) -> str:
-    """List the metrics that have a verdict; those of the model without adapter are no news."""
-    found = [m.name for m in metrics if m.verdict == verdict and not m.name.endswith("_base")]
-    return ", ".join(f"`{name}`" for name in found)
+    """List the metrics that have a verdict."""
+    return ", ".join(f"`{metric.name}`" for metric in metrics if metric.verdict == verdict)
 
 
 def in_words(machines: dict[str, list[str]]) -> str:

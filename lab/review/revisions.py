@@ -26,6 +26,7 @@ WORKSPACE = "workspace"
 METRICS = ("metrics/quality.json", "metrics/size.json", "metrics/speed.json")
 PREDICTIONS = "metrics/predictions.jsonl"
 COSTS = "metrics/costs.json"
+NOISE = "metrics/noise.json"
 MAIN = ("origin/main", "main", "origin/HEAD", "master")  # what it may be called
 FETCH_ALL = "this clone is shallow, `git fetch --unshallow` brings the commits before"
 
@@ -105,6 +106,23 @@ class Revision:
                     raise self.unreadable(path, f"has no number at {name}")
                 found[name] = value
         return found
+
+    @cached_property
+    def noise(self) -> dict[str, list[float]]:
+        """Every metric's values over training seeds, as `lab noise` wrote them."""
+        metrics = self.parse(NOISE, _json).get("metrics", {})
+        if not isinstance(metrics, dict) or not all(map(_is_spread, metrics.values())):
+            raise self.unreadable(NOISE, "is unreadable (a metric without two values)")
+        return {name: spread["values"] for name, spread in metrics.items()}
+
+    @cached_property
+    def noise_measured(self) -> str:
+        """What metrics/noise.json was measured on, in words; empty where there is none."""
+        found: dict[str, Any] = self.parse(NOISE, _json)
+        if not found:
+            return ""
+        count = len(found.get("seeds") or [])
+        return f"{count} seeds of commit {found.get('commit')} on {found.get('machine')}"
 
     @cached_property
     def predictions(self) -> list[Prediction]:
@@ -211,6 +229,15 @@ def _is_stage(entry: Any) -> bool:
     listed = [entry.get("deps", []), entry.get("outs", [])]
     files = [file for files in listed for file in (files if isinstance(files, list) else [None])]
     return all(isinstance(file, dict) and "path" in file for file in files)
+
+
+def _is_spread(spread: Any) -> bool:
+    """Say whether a metric of metrics/noise.json has the values of two seeds or more."""
+    values = spread.get("values") if isinstance(spread, dict) else None
+    numbers = isinstance(values, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    )
+    return bool(numbers and len(values or []) > 1)
 
 
 def _json(text: str) -> Any:

@@ -1,8 +1,8 @@
-"""How sure a figure is: a bootstrap over the test prompts (Efron 1979).
+"""How sure a figure is: a bootstrap over the test prompts (Efron 1979), Wilson's formula for their shares.
 
 Prompts are resampled with replacement, within each kind; the wordings of one fact are drawn together, since
 a model that knows the fact answers them all. It says what other prompts could have changed, not what
-another training seed could.
+another training seed could (`lab noise`).
 """
 
 from __future__ import annotations
@@ -13,18 +13,26 @@ import numpy as np
 
 from stages.scoring.metrics import Terms, finish, parity_terms, terms_of
 from stages.scoring.predictions import Prediction
-
-Interval = tuple[float, float]
+from stages.scoring.proportions import LEVEL, Interval, is_share, share
 
 DRAWS = 4000
 SEED = 0
-LEVEL = 95  # percent
 
 
 def intervals(predictions: list[Prediction]) -> dict[str, Interval]:
     """Return the 95 % interval of every metric that is made of prompts."""
     drawn = draw(predictions, np.random.default_rng(SEED))
-    return {name: middle(values) for name, values in drawn.items()}
+    found = {name: middle(values) for name, values in drawn.items()}
+    facts, _ = facts_of(predictions)
+    for name, (right, asked) in all_terms(predictions).items():
+        if is_share(name):
+            found[name] = share(right[asked > 0], facts[asked > 0])
+    return found
+
+
+def all_terms(predictions: list[Prediction]) -> Terms:
+    """Return the terms of every metric that is made of prompts."""
+    return terms_of(predictions) | parity_terms(predictions)
 
 
 def middle(values: np.ndarray) -> Interval:
@@ -39,9 +47,8 @@ def draw(predictions: list[Prediction], random: np.random.Generator) -> dict[str
     facts, kinds = facts_of(predictions)
     # a draw is a count for each fact, so all draws of a metric are two products of matrices
     times = how_often(kinds, random)
-    terms: Terms = terms_of(predictions) | parity_terms(predictions)
     drawn = {}
-    for name, (above, below) in terms.items():
+    for name, (above, below) in all_terms(predictions).items():
         over, under = (times @ np.bincount(facts, column, len(kinds)) for column in (above, below))
         with np.errstate(invalid="ignore", divide="ignore"):
             drawn[name] = finish(name, np.where(under > 0, over / under, 0.0))
