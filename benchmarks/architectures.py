@@ -1,6 +1,6 @@
 """Does every family's export answer as PyTorch does? The table of docs/models.md.
 
-    python -m benchmarks.architectures      # a minute; writes benchmarks/results/architectures.json
+    python -m benchmarks.architectures      # three minutes; writes benchmarks/results/architectures.json
 
 Tiny checkpoints with random weights, packed to 4 bits: for each export (cpu_exact, cpu_int4), without an
 adapter and with one, the largest difference of logits on 200 tokens, and how many of 20 greedy answers of 16

@@ -19,8 +19,9 @@ A table has its template in a comment in front of it:
 No line may begin with the first kind: Markdown takes such a line for HTML.
 
 In braces: the file (a bare name lies in benchmarks/results), the path of keys, and how Python is to format it
-(`g` if nothing is said). `interval METRIC` is the interval of a metric by its prompts, `derived NAME` one of
-DERIVED below. Whoever reads the page sees the figures alone.
+(`g` if nothing is said). `interval METRIC` is the interval of a metric by its prompts, `family NAME.EXPORT` how
+far a model family's export is from PyTorch, `derived NAME` one of DERIVED below. Whoever reads the page sees the
+figures alone.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def value(place: re.Match[str]) -> str:
     if source == "interval":
         low, high = of_prompts()[path]
         return f"{low:.3g} to {high:.3g}"
+    if source == "family":
+        return differences(path)
     found = DERIVED[path]() if source == "derived" else look_up(source, path)
     return format(found, how[0] if how else "" if isinstance(found, str) else "g")
 
@@ -86,6 +89,13 @@ def look_up(source: str, path: str) -> Any:
             raise KeyError(f"{source} has no {path}")
         found = found[key]
     return found
+
+
+def differences(path: str) -> str:
+    """Return the largest difference of a logit, and the answers that are equal; without adapter, with one."""
+    found = look_up("architectures.json", path)
+    plain, adapted = (f"{found[key]:.2g}" for key in ("logits", "logits_adapter"))
+    return f"{plain}, {adapted}; {found['answers']}, {found['answers_adapter']}"
 
 
 @cache
@@ -133,9 +143,9 @@ QUALITY = "metrics/quality.json"
 DERIVED: dict[str, Callable[[], Any]] = {
     "task_loss_recovered": recovered,
     "prose_loss_recovered": lambda: 100 * look_up(QUALITY, "rtn_loss_recovered"),
-    "run_minutes": lambda: sum(stages("seconds", "metrics/costs.json")) / 60,
+    "run_minutes": lambda: sum(stages("seconds", "pipeline_cpu.json", "run.costs")) / 60,
     "run_seconds": seconds_a_stage,
-    "run_memory": lambda: max(stages("peak_memory_gib", "metrics/costs.json")),
+    "run_memory": lambda: max(stages("peak_memory_gib", "pipeline_cpu.json", "run.costs")),
     "merged_mb": lambda: look_up("merge.json", "merged.bytes") / 1e6,
     "adapter_mb": lambda: look_up("merge.json", "adapter.bytes") / 1e6,
     "push_rate": lambda: rate("2000_mb.push"),

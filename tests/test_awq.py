@@ -28,6 +28,7 @@ from stages.quantization.compensation import (
 from stages.quantization.scale_search import Grid, output_error, search_scales
 from stages.quantize import check_group_size
 from stages.sources.random_model import train_tokenizer
+from stages.weights import families
 from stages.weights.checkpoint import load_dequantized
 from support.project import ROOT
 
@@ -37,6 +38,24 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "phi3": {"model_type": "phi3"},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "ministral": {"model_type": "ministral", "head_dim": 32, "sliding_window": 16},
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {"model_type": "olmo3", "sliding_window": 16},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 32, "use_bias": True},
 }
 GRID = Grid(4, False, 32)
 
@@ -73,9 +92,10 @@ def planted(outliers: int = 4):
 @torch.no_grad()
 def with_outliers(model: torch.nn.Module) -> torch.nn.Module:
     """Give every layer channels with large activations, as trained models have them."""
+    offset = families.FAMILIES[model.config.model_type].norm_offset
     for layer in model.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.weight[::16] *= 30
+        for norm in (part for name, part in layer.named_children() if name.endswith("layernorm")):
+            norm.weight[::16] = 30 * (norm.weight[::16] + offset) - offset
     return model
 
 
@@ -161,10 +181,32 @@ def test_folded_scales_leave_the_float_model_as_it_was(family):
     before = model(tokens).logits
     for layer in model.model.layers:
         for group in linear_groups(layer, model.config):
-            channels = group.consumers[0].in_features // group.repeat
-            group.fold(torch.rand(channels) + 0.5)
+            if group.producer is not None:
+                channels = group.consumers[0].in_features // group.repeat
+                group.fold(torch.rand(channels) + 0.5)
     largest = before.abs().max().item()
     torch.testing.assert_close(model(tokens).logits, before, atol=1e-4 * largest, rtol=0)
+
+
+def test_only_olmo_reads_what_no_norm_has_scaled():
+    """It norms what a block gives: what q, k, v, gate and up read is the sum of all layers before."""
+    for family in FAMILIES:
+        model = tiny_model(family)
+        groups = linear_groups(model.model.layers[0], model.config)
+        free = [group.producer is None for group in groups]
+        assert free == [family.startswith("olmo"), False] * 2
+
+
+@pytest.mark.parametrize("family", ["gemma3", "granite"])
+@torch.no_grad()
+def test_layers_are_calibrated_on_what_the_model_gives_them(family):
+    """Both multiply the embedding before the first layer, each in another place."""
+    model, tokens, seen = tiny_model(family), torch.arange(40)[None], []
+    first = model.model.layers[0]
+    hook = first.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(tokens)
+    hook.remove()
+    torch.testing.assert_close(awq.first_hidden(model, tokens), seen[0])
 
 
 def test_scales_beat_rounding_where_one_weight_meets_large_inputs():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import onnx
@@ -127,7 +128,9 @@ def test_a_checkpoint_without_its_head_is_refused_by_name(tmp_path):
         load_dequantized(packed)
 
 
-@pytest.mark.parametrize("family", ["tied", "phi3", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["tied", "phi3", "qwen3", "gemma3", "granite", "olmo2", "smollm3"]
+)
 def test_a_graph_for_cuda_takes_its_adapter_in_float16(family, built, tmp_path):
     packed, _ = built(family)
     options = Optimize(execution_provider="cuda", accuracy_level=None)
@@ -159,17 +162,47 @@ def test_targets_that_the_model_does_not_have_are_refused(built, tmp_path):
 
 
 @pytest.mark.parametrize("count", [40, 63, 64, 65, 120])
-@pytest.mark.parametrize("family", ["mistral", "phi3-longrope"])
+@pytest.mark.parametrize(
+    "family",
+    ["mistral", "ministral", "gemma3", "olmo3", "smollm3", "phi3-longrope", "phi3-partial"],
+)
 def test_long_prompts_are_read_as_in_pytorch(family, count, built):
-    """mistral's window is 48 tokens, phi3-longrope changes its rotation beyond 64."""
+    """Windows are 48 tokens, in some layers or all; rotations of phi3 change beyond 64."""
     packed, folder = built(family)
     prompt = tokens(count)
     same(OnnxModel(folder).logits(prompt), logits(load_dequantized(packed), prompt))
 
 
-def test_an_answer_that_leaves_the_window_is_pytorchs(built):
-    packed, folder = built("mistral")
+@pytest.mark.parametrize("family", ["mistral", "ministral", "gemma3", "olmo3"])
+def test_an_answer_that_leaves_the_window_is_pytorchs(family, built):
+    packed, folder = built(family)
     model = OnnxModel(folder)
     answer = model.generate(tokens(40), 20)
     assert answer == greedy(load_dequantized(packed), tokens(40), len(answer))
     assert len(answer) > 10
+
+
+def test_settings_that_config_json_leaves_out_are_the_familys_own(built, tmp_path):
+    """The builder reads Gemma 3 as a Gemma 2, which caps logits and alternates layers where not told."""
+    packed, _ = built("gemma3")
+    bare = shutil.copytree(packed, tmp_path / "bare")
+    config = json.loads((bare / "config.json").read_text())
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "layer_types"):
+        del config[key]
+    (bare / "config.json").write_text(
+        json.dumps(config)
+    )  # both layers slide: the default is 5 of 6
+    long = tokens(100)
+    expected = logits(load_dequantized(bare), long)
+    same(OnnxModel(exported(bare, tmp_path / "onnx")).logits(long), expected)
+
+
+@pytest.mark.parametrize("family", ["granite", "gemma3"])
+def test_onnx_runtime_finds_no_shape_wrong_and_nothing_unused(family, built, capfd):
+    """Both scale the embedding, whose output the graph with adapters flattens; Gemma's scale is replaced."""
+    _, folder = built(family)
+    for name in ("model.onnx", "lora.onnx"):
+        InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+    said = capfd.readouterr().err
+    assert "MergeShapeInfo" not in said
+    assert "not used by any node" not in said

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer
 from stages.core.errors import UserError
 from stages.sources import headers, loadable, random_model
 from support.project import ROOT
+from support.tiny_models import FAMILIES, SHAPE
 
 LLAMA = {
     "model_type": "llama",
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
@@ -101,7 +102,7 @@ def test_a_head_that_is_neither_there_nor_tied_is_named(folder):
 def test_a_missing_tensor_and_one_of_another_shape_are_named(folder):
     norm = f"{LAYER}input_layernorm.weight"
     edit(folder, lambda tensors: tensors.update({norm: torch.ones(31)}))
-    assert refusal(folder) == f"{norm} at model.source is [31], but config.json asks for [32]"
+    assert refusal(folder) == f"{norm} at model.source is [31], but config.json asks for [64]"
     edit(folder, lambda tensors: tensors.pop(norm))
     assert refusal(folder).startswith(f"{norm} is missing")
 
@@ -181,14 +182,51 @@ def test_a_family_that_later_stages_do_not_know_is_named(folder, kind):
     assert kind in refusal(folder)
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_that_is_compared_with_pytorch_is_taken(family, tmp_path):
+    # Qwen2's class of tokenizers adds a token to the trained ones, which needs a row
+    described = SHAPE | FAMILIES[family] | {"vocab_size": 304}
+    random_model.make(described, 300, ROOT / "data/travel.jsonl", tmp_path)
+    loadable.check(tmp_path)  # raises nothing
+
+
+PHI = {"model_type": "phi3", "original_max_position_embeddings": 64}
+GEMMA = {"model_type": "gemma3_text", "head_dim": 16}
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"rope_scaling": YARN}, "rope type 'yarn'"),
-        ({"rope_parameters": {**YARN, "rope_theta": 10000.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": LONG}, "rope type 'longrope'"),
+        ({"rope_parameters": {**LONG, "rope_theta": 10000.0}}, "rope type 'longrope'"),
+        ({**GEMMA, "rope_parameters": {"full_attention": LONG}}, "rope type 'longrope'"),
+        ({**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"model_type": "granite", "sliding_window": 16}, "sliding_window"),
+        (
+            {"model_type": "olmo2", "layer_types": ["full_attention"], "sliding_window": 16},
+            "layer_types",
+        ),
+        ({**PHI, "partial_rotary_factor": 0.75}, "rotates 12 numbers in every head"),
+        (
+            {
+                "model_type": "smollm3",
+                "sliding_window": 16,
+                "use_sliding_window": False,
+                "layer_types": ["sliding_attention"],
+            },
+            "use_sliding_window false",
+        ),
+        ({"head_dim": 24}, "has 24 numbers in every head"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"sliding_window": 16}, "sliding_window"),
         (

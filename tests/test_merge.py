@@ -86,6 +86,7 @@ def workspace(made, small, tmp_path, monkeypatch) -> Path:
         ("tied", {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 1}}),
         ("qwen2", {"layers_to_transform": [1], "target_modules": ["q_proj", "gate_proj"]}),
         ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+        ("gemma3", {}),
     ],
 )
 def test_the_merged_weights_give_pefts_logits(family, options, tmp_path):

@@ -30,7 +30,7 @@ def gradient(model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torc
     return loss.detach(), model.model.layers[0].self_attn.o_proj.weight.grad.clone()
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "gemma3", "granite"])
 def model(request, tmp_path_factory):
     folder = checkpoint(tmp_path_factory.mktemp("base") / "base", FAMILIES[request.param])
     model = load_dequantized(folder)

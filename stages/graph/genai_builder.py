@@ -26,18 +26,22 @@ from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 from onnxruntime_genai.models import builder
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from stages.adapters.lora_inputs import BASE_MODULES, FUSED
 from stages.answers.limits import Limits
 from stages.core.errors import UserError
+from stages.graph.olmo2 import Olmo2Model
 from stages.graph.packed_embedding import (
     HEAD,
     PackedEmbedding,
     Tensors,
     pack_embedding,
+    scale_embedding,
     take_embedding,
 )
+from stages.graph.rotation import rotate_as_pytorch
+from stages.weights.families import FAMILIES
 
 GRAPH = "model.onnx"
 
@@ -71,7 +75,7 @@ class GenaiBuilder(Pass):
             for file in built.iterdir():
                 if file.is_file():
                     shutil.move(file, folder)
-        finish(folder / GRAPH, embedding, modules, windows(source))
+        finish(folder / GRAPH, embedding, modules, float_config(source))
         keep_every_position(folder / "genai_config.json")
         Limits(rope_switch(source)).write(folder)
         return ONNXModelHandler(folder, onnx_file_name=GRAPH)
@@ -85,7 +89,7 @@ def build(checkpoint: Path, out: Path, provider: str, accuracy_level: int | None
         words.append(f"accuracy_level={accuracy_level}")
     where = ("", str(checkpoint), str(out), "int4", provider, str(out.parent / "cache"))
     options = builder.parse_extra_options(*where, words)
-    with fusing_without_zero_points():
+    with fusing_without_zero_points(), knowing_olmo2():
         builder.create_model(*where, **options)
 
 
@@ -109,6 +113,17 @@ def fusing_without_zero_points() -> Iterator[None]:
         yield
     finally:
         builder.Model.make_packed_matmul_int4_class = fuse
+
+
+@contextmanager
+def knowing_olmo2() -> Iterator[None]:
+    """Let the builder make OLMo 2 and 3, which it has no class for, where it would make OLMo."""
+    olmo = builder.OLMoModel
+    builder.OLMoModel = Olmo2Model
+    try:
+        yield
+    finally:
+        builder.OLMoModel = olmo
 
 
 def keep_every_position(genai_config: Path) -> None:
@@ -138,6 +153,7 @@ def for_the_builder(source: Path, target: Path) -> tuple[PackedEmbedding | None,
     embedding, modules = take_embedding(tensors, config), projections(tensors)
     split_fused(tensors, config)
     explain_rope(config)
+    explain_family(config, float_config(source))
     # clones, as two names may not share memory in a file
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target / "model.safetensors")
@@ -178,20 +194,42 @@ def split_fused(tensors: Tensors, config: dict) -> None:
 def explain_rope(config: dict) -> None:
     """Write the rope settings as the builder reads them, in place.
 
-    It overlooks linear rope in llama, reads longrope's type by its old name only, and takes every phi3 that
-    was trained on shorter texts for longrope.
+    It reads longrope's type by its old name only, and takes every phi3 that was trained on shorter texts for
+    longrope. Of every other type it overlooks or refuses some part in some family, so it is told of plain
+    positions: PyTorch's are put into the graph (`rotate_as_pytorch`).
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if config["model_type"] == "phi3" and kind == "longrope":
+    if kind == "longrope":
         rope["type"] = kind
-    elif kind in ("default", "linear"):  # PyTorch does not read it here
-        for place in (config, rope):
-            place.pop("original_max_position_embeddings", None)
-    if config["model_type"] == "phi3" and kind == "default":
+        return
+    config.pop("rope_scaling", None)
+    config.pop("original_max_position_embeddings", None)
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    if part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor")):
+        plain["partial_rotary_factor"] = part
+    config["rope_parameters"] = plain
+    if config["model_type"] == "phi3":
         config["original_max_position_embeddings"] = config["max_position_embeddings"]
-    if config["model_type"] == "llama" and kind == "linear":
-        config["rope_position_scale"] = 1 / rope["factor"]
+
+
+def explain_family(config: dict, full: PretrainedConfig) -> None:
+    """Name the family as the builder knows it, in place.
+
+    The builder goes by the architecture, and reads its settings through the class of the model type.
+    """
+    family = config["model_type"]
+    if built_as := FAMILIES[family].built_as:
+        # what the file leaves to its own class, another class would fill in otherwise: Gemma 2 caps logits
+        config |= {key: value for key, value in full.to_dict().items() if key not in config}
+        config["model_type"], architecture = built_as
+        config["architectures"] = [architecture]
+    if family == "gemma3_text":
+        # its name of old, which the builder asks for; PyTorch's tables replace what is made of it
+        config["rope_local_base_freq"] = 10000.0
+    if family == "smollm3":
+        # the builder stops at a layer that does not rotate: `rotate_as_pytorch` sees to those
+        config["no_rope_layers"] = [1] * config["num_hidden_layers"]
 
 
 def widths(fused: str, config: dict) -> list[int]:
@@ -210,9 +248,15 @@ def projections(tensors: Tensors) -> list[str]:
     return sorted({name for name in names if name.endswith("_proj")})
 
 
-def windows(checkpoint: Path) -> list[int]:
-    """Return how many tokens each layer's attention looks back on, -1 for all of them."""
+def float_config(checkpoint: Path) -> PretrainedConfig:
+    """Return a packed checkpoint's settings without those of its packing."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    del config.quantization_config
+    return config
+
+
+def windows(config: PretrainedConfig) -> list[int]:
+    """Return how many tokens each layer's attention looks back on, -1 for all of them."""
     window = getattr(config, "sliding_window", None) or -1
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else -1 for kind in kinds]
@@ -229,19 +273,23 @@ def rope_switch(checkpoint: Path) -> int | None:
 
 
 def finish(
-    path: Path, embedding: PackedEmbedding | None, modules: list[str], looks_back: list[int]
+    path: Path, embedding: PackedEmbedding | None, modules: list[str], config: PretrainedConfig
 ) -> None:
     """Put into a saved graph what the builder leaves out.
 
-    That are the sliding windows, the packed embedding, and the names of the base's modules.
+    That are the sliding windows, PyTorch's rotations, the packed embedding and its exact scale, and the names
+    of the base's modules.
     """
     model = ir.load(path)
     # the builder adds the commit of the repository around its own package: ours, where .venv lies in it
     model.producer_version = (model.producer_version or "").partition("+")[0]
     model.metadata_props[BASE_MODULES] = ",".join(modules)
     attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
-    for node, window in zip(attention, looks_back, strict=True):
+    for node, window in zip(attention, windows(config), strict=True):
         node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
+    rotate_as_pytorch(attention, config, path)
+    if config.model_type == "gemma3_text":
+        scale_embedding(model.graph, config.hidden_size**0.5)
     if embedding is not None:
         pack_embedding(model, path, embedding)
     ir.save(model, path)

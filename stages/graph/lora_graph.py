@@ -170,14 +170,13 @@ def flatten_tokens(graph: ir.Graph) -> None:
     """
     layers = in_layers(graph)
     attention = [node for node in layers if node.op_type == "GroupQueryAttention"]
-    embedding = [
-        node for node in graph if (node.name or "").startswith("/model/embed_tokens/Gather")
-    ]
+    # the last one: some families scale what they look up
+    embedding = [node for node in graph if (node.name or "").startswith("/model/embed_tokens/")]
     rows = batch_shape(graph)
     for value in (value for node in layers for value in node.outputs):
         if value.shape is not None and not value.is_graph_output():
             value.shape = ir.Shape(["all_tokens", value.shape[-1]])
-    for node in attention + embedding:
+    for node in [*attention, embedding[-1]]:
         flatten_output(graph, node)
     for node in attention:
         unflatten_inputs(graph, node, rows)

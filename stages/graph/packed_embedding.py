@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from olive.common.quant.hf_utils import OliveHfQuantizationConfig
@@ -63,6 +64,20 @@ def pack_embedding(model: ir.Model, path: Path, embedding: PackedEmbedding) -> N
     output.replace_all_uses_with(packed)
     graph.remove(gather, safe=True)
     del graph.initializers[placeholder.name]
+
+
+def scale_embedding(graph: ir.Graph, factor: float) -> None:
+    """Multiply the embedding by `factor` itself, which the builder rounds to two decimals."""
+    scaled = next(node for node in graph if node.name == f"/{EMBEDDING.replace('.', '/')}/Mul")
+    dtype = scaled.outputs[0].dtype
+    number = ir.tensor(np.array(factor, dtype.numpy()), name=f"{EMBEDDING}.scale")
+    exact = ir.node("Constant", [], {"value": number}, name=f"{scaled.name}/factor")
+    exact.outputs[0].name, exact.outputs[0].type = number.name, ir.TensorType(dtype)
+    graph.insert_before(scaled, exact)
+    rounded = scaled.inputs[1]
+    scaled.replace_input_with(1, exact.outputs[0])
+    if not rounded.uses():
+        graph.remove(rounded.producer(), safe=True)
 
 
 def stored(

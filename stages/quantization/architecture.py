@@ -1,7 +1,7 @@
 """Where activation-aware scales can be folded, for each family of decoder layers.
 
 A scale on the input channels of some linears is undone in the module that produces that input: a norm
-or another linear. This table is all that AWQ has to know about Llama/SmolLM2, Mistral, Qwen and Phi-3.
+or another linear. This table is all that AWQ has to know about a family.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from stages.core.settings import Quantize
+from stages.weights.families import FAMILIES
 
 
 @dataclass(frozen=True)
 class LinearGroup:
     """Linears that read the same input, and the module that produces it.
 
-    Of a fused linear producer, only the output rows from `first_row` on make the input. Each of them
-    feeds `repeat` input channels: grouped-query attention repeats every value head.
+    Without a producer they read what other modules read too, and take no scales. Of a fused linear
+    producer, only the output rows from `first_row` on make the input. Each of them feeds `repeat` input
+    channels: grouped-query attention repeats every value head. A norm multiplies by weight + `offset`.
     """
 
     consumers: tuple[nn.Linear, ...]
-    producer: nn.Module
+    producer: nn.Module | None
     first_row: int = 0
     repeat: int = 1
     head_dim: int = 1
+    offset: float = 0.0
 
     def spread(self, channels: torch.Tensor) -> torch.Tensor:
         """Repeat one value per produced channel, [produced], over the input channels, [in]."""
@@ -42,19 +45,22 @@ class LinearGroup:
     @torch.no_grad()
     def fold(self, scales: torch.Tensor) -> None:
         """Multiply the consumers' input channels by `scales`, [produced], and divide the producer."""
+        if self.producer is None:
+            raise ValueError("nothing can undo scales on the inputs of these linears")
         for linear in self.consumers:
             linear.weight.mul_(self.spread(scales).to(linear.weight.dtype))
         # x·(s) / s: whatever the producer gives arrives divided, and the consumers multiply it back. A norm's
         # weight is a vector, a linear's a matrix whose rows are its outputs
         weight = self.producer.weight[self.first_row :]
-        weight.div_(scales.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
+        weight.add_(self.offset).div_(scales.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
+        weight.sub_(self.offset)
         if getattr(self.producer, "bias", None) is not None:
             self.producer.bias[self.first_row :].div_(scales.to(weight.dtype))
 
 
 def projections(config: PretrainedConfig) -> dict[str, str]:
     """Return the linears of a decoder layer by name, with the block that holds each."""
-    fused = config.model_type == "phi3"
+    fused = FAMILIES[config.model_type].fused
     attention = ["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"]
     gates = ["gate_up_proj"] if fused else ["gate_proj", "up_proj"]
     blocks = {"self_attn": [*attention, "o_proj"], "mlp": [*gates, "down_proj"]}
@@ -78,11 +84,19 @@ def linear_groups(layer: nn.Module, config: PretrainedConfig) -> list[LinearGrou
         inputs, value = (attention.q_proj, attention.k_proj, attention.v_proj), attention.v_proj
         gates, up = (mlp.gate_proj, mlp.up_proj), mlp.up_proj
         first_value = first_up = 0
+    # OLMo 2 norms what a block gives, not what it reads: that is the sum of all layers before
+    before_attention = getattr(layer, "input_layernorm", None)
+    # Gemma norms both, and there the norm called post_attention is on what attention gives
+    if hasattr(layer, "post_feedforward_layernorm"):
+        before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
+    else:
+        before_mlp = layer.post_attention_layernorm
+    offset = FAMILIES[config.model_type].norm_offset
     return [
-        LinearGroup(inputs, layer.input_layernorm),
+        LinearGroup(inputs, before_attention, offset=offset),
         # attention mixes tokens, not channels: a scale on a channel of v arrives at o unchanged
         LinearGroup((attention.o_proj,), value, first_value, repeat, head_dim),
-        LinearGroup(gates, layer.post_attention_layernorm),
+        LinearGroup(gates, before_mlp, offset=offset),
         # down reads act(gate)·up, which is linear in up, and not in gate
         LinearGroup((mlp.down_proj,), up, first_up),
     ]

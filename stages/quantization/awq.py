@@ -60,7 +60,7 @@ def balance_layers(model: nn.Module, tokens: torch.Tensor, scale_grid: int) -> N
     have to run twice, for no gain that was measured.
     """
     arguments = layer_arguments(model, tokens[:1])
-    hidden = [model.model.embed_tokens(part).float().to(device()) for part in tokens.split(BATCH)]
+    hidden = [first_hidden(model, part) for part in tokens.split(BATCH)]
     layers = zip(model.model.layers, arguments, strict=True)
     for layer, given in tqdm(layers, desc="AWQ", unit="layer", total=len(arguments)):
         # one layer at a time in float32: a GPU need not hold the model, nor a CPU two copies of it
@@ -78,6 +78,8 @@ def balance_layers(model: nn.Module, tokens: torch.Tensor, scale_grid: int) -> N
 
 def balance(group: LinearGroup, gram: torch.Tensor, scale_grid: int) -> torch.Tensor:
     """Search and fold the scales of one group of linears; return the Gram matrix of the new inputs."""
+    if group.producer is None:
+        return gram
     weights = [linear.weight.float() for linear in group.consumers]
     grid = grid_of(group.consumers[0])
     scales = search_scales(weights, gram, grid, scale_grid, tie=group.gather, spread=group.spread)
@@ -115,13 +117,30 @@ def grid_of(linear: nn.Linear) -> Grid:
 def layer_arguments(model: nn.Module, tokens: torch.Tensor) -> list[dict]:
     """Return what every layer gets beside the hidden states: masks (sliding windows differ), rotations.
 
-    `tokens` is one full sequence, [1, length]; its arguments serve every batch of that length. The layers
-    themselves are skipped. Embedded in float32, it gets rotations that are not rounded to bfloat16.
+    `tokens` is one full sequence, [1, length]; its arguments serve every batch of that length.
     """
-    seen: list[dict] = []
+    return [
+        {name: on_device(value) for name, value in given.items()}
+        | {"past_key_values": None, "use_cache": False}
+        for _, given in layer_inputs(model, tokens)
+    ]
+
+
+def first_hidden(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return what the first layer reads, [sequences, length, hidden]: some families scale the embedding."""
+    return on_device(layer_inputs(model, tokens)[0][0])
+
+
+def layer_inputs(model: nn.Module, tokens: torch.Tensor) -> list[tuple[torch.Tensor, dict]]:
+    """Return the hidden states and the other arguments that every layer is called with.
+
+    The layers themselves are skipped. Embedded in float32, a text gets rotations that are not rounded to
+    bfloat16.
+    """
+    seen: list[tuple[torch.Tensor, dict]] = []
 
     def skip(hidden, **arguments):
-        seen.append(arguments | {"past_key_values": None, "use_cache": False})
+        seen.append((hidden, arguments))
         return hidden
 
     for layer in model.model.layers:
@@ -129,7 +148,7 @@ def layer_arguments(model: nn.Module, tokens: torch.Tensor) -> list[dict]:
     model.model(inputs_embeds=model.model.embed_tokens(tokens).float(), use_cache=False)
     for layer in model.model.layers:
         del layer.forward
-    return [{name: on_device(value) for name, value in given.items()} for given in seen]
+    return seen
 
 
 def on_device(value):

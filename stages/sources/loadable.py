@@ -30,18 +30,11 @@ from stages.core.files import read_json, write_json
 from stages.core.running import what_ran_out
 from stages.sources import headers
 from stages.sources.headers import Stored, read_headers
+from stages.weights.families import FAMILIES, rope_settings
 
-# The families, and by which rope types their exported graphs rotate as PyTorch does
-# (tests/test_followed_settings.py tries them all). The builder overlooks the others in llama, and fails at
-# them, or computes something else, in the rest.
-ROPE_TYPES = {
-    "llama": ("default", "dynamic", "linear", "llama3"),
-    "mistral": ("default", "linear"),
-    "qwen2": ("default", "linear"),
-    "qwen3": ("default", "linear"),
-    "phi3": ("default", "longrope"),
-}
-WINDOW_BY_LAYER = {"qwen2", "qwen3"}  # mistral and phi3 slide in every layer, llama in none
+HEAD_UNIT = (
+    16  # of ONNX Runtime's GroupQueryAttention, for heads and the part of them that is rotated
+)
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 IS_TIED = "set tie_word_embeddings to true in config.json if the head is tied, or copy it again"
 CHAT = [
@@ -56,8 +49,8 @@ def check(folder: Path) -> str:
     Return what to say of a model that is whole, but answers no better than chance.
     """
     config = load_config(folder)
-    if config.model_type not in ROPE_TYPES:
-        known = ", ".join(sorted(ROPE_TYPES))
+    if config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
         raise UserError(f"model type {config.model_type!r} at model.source is not one of {known}")
     check_settings(config)
     tokenizer = load_tokenizer(folder)
@@ -77,24 +70,50 @@ def load_config(folder: Path) -> Any:
 
 def check_settings(config: Any) -> None:
     """Raise for a setting that the exported graph does not follow: it would answer otherwise than PyTorch."""
-    rope, family = getattr(config, "rope_parameters", None) or {}, config.model_type
-    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES[family]:
-        raise UserError(
-            f"config.json at model.source has rope type {kind!r}, which a {family} graph cannot "
-            f"compute: choose a model with one of {', '.join(ROPE_TYPES[family])}"
-        )
-    part = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
-    if part not in (None, 1) and family != "phi3":
-        raise UserError(
-            f"config.json at model.source has partial_rotary_factor {part}, which a {family} graph "
-            "cannot compute: choose another model"
-        )
-    by_layer = getattr(config, "layer_types", None) and family not in WINDOW_BY_LAYER
-    if getattr(config, "sliding_window", None) and (family == "llama" or by_layer):
+    name, family = config.model_type, FAMILIES[config.model_type]
+    for rope in rope_settings(config).values():
+        check_rope(config, rope)
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    by_layer = layers and family.windows != "by layer"
+    if window and (family.windows == "none" or by_layer):
         raise UserError(
             f"config.json at model.source has {'layer_types' if by_layer else 'sliding_window'}, which "
-            f"PyTorch's {family} does not read: remove it there, or choose another model"
+            f"PyTorch's {name} does not read: remove it there, or choose another model"
         )
+    if "sliding_attention" in (layers or ()) and not getattr(config, "use_sliding_window", True):
+        raise UserError(
+            "config.json at model.source has layers of sliding_attention and use_sliding_window false, "
+            "of which PyTorch on a CPU reads the one and on a GPU the other: choose another model"
+        )
+    for setting in family.refused:
+        if value := getattr(config, setting, None):
+            raise UserError(
+                f"config.json at model.source has {setting} {value}, which a {name} graph and PyTorch "
+                "do not both follow: choose another model"
+            )
+
+
+def check_rope(config: Any, rope: dict[str, Any]) -> None:
+    """Raise for rotary positions that the exported graph cannot compute."""
+    name, family = config.model_type, FAMILIES[config.model_type]
+    if (kind := rope.get("rope_type", "default")) not in family.rope_types:
+        raise UserError(
+            f"config.json at model.source has rope type {kind!r}, which a {name} graph cannot "
+            f"compute: choose a model with one of {', '.join(family.rope_types)}"
+        )
+    part = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    if part not in (None, 1) and not family.partial_rotation:
+        raise UserError(
+            f"config.json at model.source has partial_rotary_factor {part}, which a {name} graph "
+            "cannot compute: choose another model"
+        )
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for what, count in (("has", size), ("rotates", int(size * (part or 1)))):
+        if count % HEAD_UNIT:
+            raise UserError(
+                f"config.json at model.source {what} {count} numbers in every head, which ONNX Runtime "
+                f"takes in multiples of {HEAD_UNIT} only: choose another model"
+            )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -80,6 +80,8 @@ def materialise(
             f"{missing[0]} is missing from the checkpoint: run dvc repro fetch quantize"
         )
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    if hasattr(embedding := model.model.embed_tokens, "scalar_embed_scale"):  # Gemma's
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     return model.eval().to(device())
 
 

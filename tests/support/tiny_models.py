@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from stages.core.settings import Optimize
 from stages.graph.export import export
 from stages.sources import random_model
+from stages.weights import families
 from stages.weights.checkpoint import load_dequantized
 
 SHAPE = {
@@ -32,6 +33,18 @@ LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": FACTO
 FAMILIES = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
+    # as Llama 3.2, whose rotations change within the head
+    "llama3-rope": {
+        "model_type": "llama",
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "tie_word_embeddings": True,
+    },
     "llama-bias": {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
@@ -41,6 +54,65 @@ FAMILIES = {
         "model_type": "phi3",
         "original_max_position_embeddings": 64,
         "rope_scaling": LONG_ROPE,
+    },
+    # as Phi-4-mini: a part of every head, and a tied head
+    "phi3-partial": {
+        "model_type": "phi3",
+        "hidden_size": 256,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": LONG_ROPE | {"short_factor": [1.0] * 24, "long_factor": FACTORS * 3},
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "hidden_size": 96,  # its root, by which the embedding is multiplied, is not two decimals long
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False},
+    # each kind of layer has its rotation: only those that look back on everything stretch it
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "tie_word_embeddings": False,
+    },
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 32, "tie_word_embeddings": True},
+    "ministral": {
+        "model_type": "ministral",
+        "head_dim": 32,
+        "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "tie_word_embeddings": False,
+    },
+    "qwen3-yarn": {
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "tie_word_embeddings": True,
     },
 }
 EXACT = Optimize(execution_provider="cpu", accuracy_level=1)
@@ -77,8 +149,9 @@ def shaken(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(7)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
-            parameter.copy_(1 + 0.1 * noise)
+        if "norm" in name:  # Gemma's multiply by 1 + weight
+            offset = families.FAMILIES[model.config.model_type].norm_offset
+            parameter.copy_(1 - offset + 0.1 * noise)
         else:
             width = 4 if name.endswith("bias") else parameter.shape[-1]
             parameter.copy_(noise * width**-0.5)
