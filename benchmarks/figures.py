@@ -19,9 +19,9 @@ A table has its template in a comment in front of it:
 No line may begin with the first kind: Markdown takes such a line for HTML.
 
 In braces: the file (a bare name lies in benchmarks/results), the path of keys, and how Python is to format it
-(`g` if nothing is said). `interval METRIC` is the interval of a metric by its prompts, `family NAME.EXPORT` how
-far a model family's export is from PyTorch, `derived NAME` one of DERIVED below. Whoever reads the page sees the
-figures alone.
+(`g` if nothing is said). `interval METRIC` is the interval of a metric by its prompts, `family NAME.EXPORT`
+how far a model family's export is from PyTorch, `derived NAME` one of DERIVED below. Whoever reads the page
+sees the figures alone.
 """
 
 from __future__ import annotations

@@ -131,6 +131,7 @@ def test_a_checkpoint_without_its_head_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "family", ["tied", "phi3", "qwen3", "gemma3", "granite", "olmo2", "smollm3"]
 )
+@pytest.mark.slow
 def test_a_graph_for_cuda_takes_its_adapter_in_float16(family, built, tmp_path):
     packed, _ = built(family)
     options = Optimize(execution_provider="cuda", accuracy_level=None)
@@ -166,6 +167,7 @@ def test_targets_that_the_model_does_not_have_are_refused(built, tmp_path):
     "family",
     ["mistral", "ministral", "gemma3", "olmo3", "smollm3", "phi3-longrope", "phi3-partial"],
 )
+@pytest.mark.slow
 def test_long_prompts_are_read_as_in_pytorch(family, count, built):
     """Windows are 48 tokens, in some layers or all; rotations of phi3 change beyond 64."""
     packed, folder = built(family)
@@ -174,6 +176,7 @@ def test_long_prompts_are_read_as_in_pytorch(family, count, built):
 
 
 @pytest.mark.parametrize("family", ["mistral", "ministral", "gemma3", "olmo3"])
+@pytest.mark.slow
 def test_an_answer_that_leaves_the_window_is_pytorchs(family, built):
     packed, folder = built(family)
     model = OnnxModel(folder)

@@ -98,6 +98,7 @@ def test_the_merged_weights_give_pefts_logits(family, options, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "tied", "phi3"])
+@pytest.mark.slow
 def test_on_the_tasks_text_it_is_nearer_to_peft_than_plain_rounding(family, small, tmp_path):
     packed = checkpoint(tmp_path, FAMILIES[family])
     model = trained(packed, tmp_path / "peft", 3, lora_alpha=2)
@@ -115,6 +116,7 @@ def test_on_the_tasks_text_it_is_nearer_to_peft_than_plain_rounding(family, smal
     assert off["ours"] < 0.7 * off["rtn"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_model_that_answers_as_the_adapter_does(workspace, capsys):
     merge.merge(Path("merged"))
     said = capsys.readouterr().out
