@@ -17,6 +17,10 @@ COMMANDS = {  # name: where it is, and the first sentence of its help
     "chat": ("lab.models.chat:chat", "Ask the ONNX model."),
     "adapt": ("lab.models.adapt:adapt", "Convert a PEFT adapter for the ONNX model."),
     "merge": ("lab.models.merge:merge", "Put a PEFT adapter into the 4-bit weights."),
+    "bake": (
+        "lab.models.bake:bake",
+        "Write the model and an adapter as one folder that runs elsewhere.",
+    ),
     "serve": ("lab.serve.command:serve", "Serve the ONNX model to OpenAI clients."),
     "results": (
         "lab.results:results",

@@ -22,7 +22,10 @@ from filelock import FileLock
 
 from support.project import ROOT, Project, clone, working_tree
 
-pytest_plugins = ["support.blob_service"]  # the fixtures of tests/azure
+pytest_plugins = [
+    "support.blob_service",  # the fixtures of tests/azure
+    "support.browser",
+]
 
 DAY = 24 * 3600
 # pytest's workers share the cores: threads would wait for each other

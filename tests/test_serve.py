@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,10 +22,12 @@ from lab.serve import command
 from lab.serve.answer import Answer
 from lab.serve.engine import LEAST, End, Engine, QueueFullError, Request, Sampling
 from lab.serve.models import Models
+from lab.serve.page import HEADERS, PAGE
 from stages.adapters.convert import convert
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.text.chats import generation_prompt_ids
+from support.browser import ENTER, Page
 from support.processes import wait_until
 from support.project import ROOT
 from support.tiny_models import FAMILIES, checkpoint, exported, tokens, trained
@@ -501,10 +504,43 @@ def test_health_and_figures_can_be_read(server):
     assert server.figure("failures_total") == 0
 
 
+def test_the_page_comes_with_its_policy(server):
+    found = server.http.get("/")
+    assert found.status_code == 200
+    assert found.text == PAGE
+    assert found.headers["content-type"] == "text/html; charset=utf-8"
+    assert HEADERS.items() <= {name.title(): value for name, value in found.headers.items()}.items()
+    assert server.http.get("/", headers={"host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_lab_chat_says(server, base, chat, direct, files, browser):
+    page = Page(browser, server.url.removesuffix("v1"))
+    page.waits(
+        lambda: (
+            [box.get_attribute("value") for box in page.all("input[value]")] == [base, "one", "two"]
+        )
+    )
+    page.all("#models input")[2].click()
+    tokenizer, turns = LightTokenizer(files[0]), {name: [] for name in NAMES}
+    for number, question in enumerate(("what is the capital of France?", "and of Spain?"), 1):
+        page.all("#question")[0].send_keys(question, ENTER)
+        page.waits(lambda number=number: len(page.all("article")) == 3 * number)
+        page.waits(page.all("#send")[0].is_enabled)
+        for name, shown in zip(NAMES, page.all("section:last-child .text"), strict=True):
+            turns[name].append({"role": "user", "content": question})
+            tokens = direct.generate(generation_prompt_ids(tokenizer, turns[name]), 256, name)
+            said = tokenizer.decode(tokens, skip_special_tokens=True)
+            assert shown.get_property("textContent") == said
+            turns[name].append({"role": "assistant", "content": said})
+    assert page.complaints() == []
+
+
 def test_a_key_is_asked_for_and_sigterm_lets_an_answer_end(files):
     server = Server("--model", files[0], "--no-adapter", LAB_API_KEY="secret")
     assert server.http.get("/v1/models").status_code == 401
     assert server.http.get("/livez").status_code == 200
+    assert server.http.get("/").text == PAGE  # which asks for the key
     client = OpenAI(base_url=server.url, api_key="secret", max_retries=0)
     name = client.models.list().data[0].id
     with pytest.raises(openai.PermissionDeniedError, match="--allow-loading"):
@@ -529,6 +565,13 @@ def test_a_mistake_is_one_line(words, message):
     options = {"adapter": None, "no_adapter": False, "host": "127.0.0.1", "port": 0} | words
     with pytest.raises(UserError, match=message):
         command.serve(api_key=None, **options)
+
+
+def test_a_model_with_its_adapter_in_it_takes_no_other(files, tmp_path):
+    shutil.copytree(files[0], tmp_path / "merged")
+    (tmp_path / "merged/lora.onnx").unlink()
+    with pytest.raises(UserError, match="merged takes no adapter: leave --adapter out"):
+        command.serve(["a=b"], model=tmp_path / "merged", host="127.0.0.1", port=0, api_key=None)
 
 
 def test_a_port_that_is_taken_is_one_line():

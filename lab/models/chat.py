@@ -3,7 +3,7 @@
 lab chat "what is the best thing to see in chicago"
 lab chat                                             # interactive
 lab chat --no-adapter "..."                          # the base model alone
-lab chat --model models/merged "..."                 # what `lab merge` made: its adapter is in the weights
+lab chat --model models/merged "..."                 # what `lab merge` or `lab bake` made
 lab chat --adapter travel=a.onnx_adapter --adapter food=b.onnx_adapter "..."    # side by side
 """
 
@@ -53,7 +53,8 @@ def chat(
         raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
     if adapter and takes_none(model):
         raise UserError(
-            f"{model} takes no adapter: `lab merge` put one into it; leave --adapter out"
+            f"{model} takes no adapter: `lab merge` or `lab bake` put one into it; "
+            "leave --adapter out"
         )
     without = no_adapter or takes_none(model)
     adapters = {} if without else parse_adapters(adapter)
@@ -67,7 +68,7 @@ def chat(
 
 
 def takes_none(model: Path) -> bool:
-    """Say whether a folder has a model, and no graph that takes an adapter: what `lab merge` makes."""
+    """Say whether a folder has a model and no graph that takes an adapter: of `lab merge` or `lab bake`."""
     return (model / "model.onnx").is_file() and not (model / "lora.onnx").is_file()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from lab.models.light_tokenizer import LightTokenizer
 from lab.serve import engine as engines
@@ -28,6 +28,7 @@ from lab.serve.answer import Answer
 from lab.serve.engine import ClosedError, End, Engine, QueueFullError
 from lab.serve.metrics import exposition
 from lab.serve.models import Adapter
+from lab.serve.page import HEADERS, PAGE
 from lab.serve.protocol import (
     ApiError,
     Asked,
@@ -107,6 +108,10 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(405, http_error)
     app.add_exception_handler(Exception, bug)
     app.add_middleware(Guard, service=service)
+
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(PAGE, headers=HEADERS)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -218,6 +223,8 @@ class Guard:
         wrong = None
         if scope["type"] == "http" and scope["path"] not in OPEN:
             wrong = self.refusal(Request(scope))
+            if scope["path"] == "/" and self.key is not None:
+                wrong = None  # the page asks people for the key: a browser cannot send it along
         passed = self.app if wrong is None else JSONResponse(wrong.body, wrong.status)
         await passed(scope, receive, send)
 

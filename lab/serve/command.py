@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lab.models.chat import parse_adapters
+from lab.models.chat import parse_adapters, takes_none
 from stages.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def serve(
     """Serve the ONNX model to OpenAI clients. The base and each adapter are a model by name."""
     if no_adapter and adapter:
         raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
-    adapters = {} if no_adapter else parse_adapters(adapter)
+    if adapter and takes_none(model):
+        raise UserError(f"{model} takes no adapter: leave --adapter out")
+    adapters = {} if no_adapter or takes_none(model) else parse_adapters(adapter)
     need_packages()
     from lab.serve.api import Service, loopback  # takes half a second
     from lab.serve.engine import Engine
@@ -85,7 +87,10 @@ def serve(
             max_tokens,
             api_key or None,
             allow_loading,
-            on_ready=lambda: print(f"Serving {names} at {url}. Ctrl-C ends it.", flush=True),
+            on_ready=lambda: print(
+                f"Serving {names} at {url}; a page to ask: {url.removesuffix('v1')}. Ctrl-C ends it.",
+                flush=True,
+            ),
         )
         run(service, listener)
 
