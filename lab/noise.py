@@ -11,7 +11,6 @@ spread of every metric goes to metrics/noise.json, by which `lab review` knows w
 
 from __future__ import annotations
 
-import subprocess
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,11 +119,8 @@ def without_seed(revision: Revision) -> dict[str, Any]:
 
 def edited(commit: str, ref: str) -> bool:
     """Say whether an experiment ran with other edits than of parameters."""
-    done = subprocess.run(
-        ["git", "diff", "--name-only", "--relative", "-z", commit, ref, "--"],
-        capture_output=True, encoding="utf-8", errors="replace",
-    )  # fmt: skip
-    files = filter(None, done.stdout.split("\0"))
+    changed = git_output("diff", "--name-only", "--relative", "-z", commit, ref, "--")
+    files = filter(None, changed.split("\0"))
     return any(file.partition("/")[0] not in RESULTS for file in files)
 
 

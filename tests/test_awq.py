@@ -31,6 +31,7 @@ from stages.sources.random_model import train_tokenizer
 from stages.weights import families
 from stages.weights.checkpoint import load_dequantized
 from support.project import ROOT
+from support.tiny_models import GRANITE
 
 FAMILIES = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -44,13 +45,7 @@ FAMILIES = {
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "granite": {
-        "model_type": "granite",
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.4,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 8.0,
-    },
+    "granite": GRANITE,
     "ministral": {"model_type": "ministral", "head_dim": 32, "sliding_window": 16},
     "olmo2": {"model_type": "olmo2"},
     "olmo3": {"model_type": "olmo3", "sliding_window": 16},

@@ -19,24 +19,9 @@ from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, f
 from lab.review.seeds import Doubt
 from stages.core.errors import UserError
 from stages.core.settings import Gate
-from stages.scoring.predictions import MODELS, Parity, Prediction, Scores, as_jsonl
+from stages.scoring.predictions import as_jsonl
+from support.predictions import predictions
 from support.project import ROOT, Project
-
-
-def predictions(right: list[int]) -> list[Prediction]:
-    """Test prompts, one fact each, answered rightly or not."""
-    return [
-        Prediction(
-            kind="recall",
-            question=f"question {number}",
-            reference=f"fact {number}",
-            base="an answer",
-            adapter="another",
-            parity=Parity(identical=True),
-            scores=dict.fromkeys(MODELS, Scores(match, 0.5, 50, 2.0, 4, 1, 0.0)),
-        )
-        for number, match in enumerate(right)
-    ]
 
 
 def test_the_same_answers_tell_a_small_change_from_none_only_as_far_as_their_number_goes():

@@ -10,7 +10,8 @@ from lab.review.intervals import intervals
 from lab.review.revisions import Revision
 from lab.review.seeds import STUDENT, Doubt, by_seeds, doubts, spread, student
 from stages.scoring.metrics import summarize
-from stages.scoring.predictions import MODELS, Parity, Prediction, Scores
+from stages.scoring.predictions import Prediction
+from support import predictions as made_up
 
 SEEDS = {
     "recall_exact_match": [0.84, 0.98, 0.86, 0.94, 0.90],
@@ -20,21 +21,9 @@ SEEDS = {
 
 def predictions(right: int, of: int = 50, base: int = 10) -> list[Prediction]:
     """Test prompts of which the first are answered rightly, by the adapter and by the base."""
-    return [
-        Prediction(
-            kind="recall",
-            question=f"question {number}",
-            reference=f"fact {number}",
-            base="an answer",
-            adapter="another",
-            parity=Parity(identical=True),
-            scores={
-                model: Scores(int(number < count), 0.5, 50.0, 2.0, 4, 1, 0.0)
-                for model, count in zip(MODELS, (right, base), strict=True)
-            },
-        )
-        for number in range(of)
-    ]
+    return made_up.predictions(
+        *([int(number < count) for number in range(of)] for count in (right, base))
+    )
 
 
 class Stub(Revision):

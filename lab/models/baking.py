@@ -19,11 +19,11 @@ import onnx_ir as ir
 import onnxruntime
 
 from stages.adapters.lora_inputs import LORA_GRAPH, load_graph, lora_inputs
+from stages.adapters.peft_adapter import A, B
 from stages.answers.generation import GRAPH, OnnxModel, damaged, plain, read_config
 from stages.answers.gpu_weights import SMALLEST, fits
 from stages.core.errors import UserError
 
-A, B = ".lora_A.weight", ".lora_B.weight"
 DATA = "adapter.onnx.data"
 # How far logits may be off, RMS, in their standard deviations, for a constant is multiplied in another order
 # than an input: by 1e-6 in float32, by 0.1 with int8 activations, of which some are rounded the other

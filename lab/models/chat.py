@@ -26,20 +26,24 @@ HELP = (
     "/use NAME changes the adapter, /base goes without, /new forgets the conversation, /quit ends"
 )
 Messages = list[dict[str, str]]
+# options that `lab serve` has too
+AdapterFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PATH", help="An adapter's file, repeatable [default: the trained one]."
+    ),
+]
+NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")]
+OnnxFolder = Annotated[Path, typer.Option(help="The ONNX model's folder.")]
 
 
 def chat(
     question: Annotated[
         str | None, typer.Argument(help="Asked once; without it, interactive.")
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH", help="An adapter's file, repeatable [default: the trained one]."
-        ),
-    ] = None,
-    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")] = False,
-    model: Annotated[Path, typer.Option(help="The ONNX model's folder.")] = Path("models/onnx"),
+    adapter: AdapterFiles = None,
+    no_adapter: NoAdapter = False,
+    model: OnnxFolder = Path("models/onnx"),
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
@@ -49,8 +53,7 @@ def chat(
     for stream in (sys.stdout, sys.stderr):  # a terminal without emoji shows a ? instead
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    if no_adapter and adapter:
-        raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
+    check_alternatives(adapter, no_adapter)
     if adapter and takes_none(model):
         raise UserError(
             f"{model} takes no adapter: `lab merge` or `lab bake` put one into it; "
@@ -65,6 +68,12 @@ def chat(
     else:
         messages = [*opening, {"role": "user", "content": question}]
         ask(onnx, list(adapters), messages, max_new_tokens)
+
+
+def check_alternatives(adapter: list[str] | None, no_adapter: bool) -> None:
+    """Raise `UserError` for words that ask for adapters and for none."""
+    if no_adapter and adapter:
+        raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
 
 
 def takes_none(model: Path) -> bool:

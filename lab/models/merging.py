@@ -40,6 +40,7 @@ from stages.core.running import quietly
 from stages.core.settings import Evaluate, Quantize, Settings
 from stages.evaluate import ADAPTER, Answer, Prompt, answer_all, sample, score, tokenize
 from stages.graph.export import export
+from stages.graph.genai_builder import float_config
 from stages.quantization.architecture import projections
 from stages.quantization.awq import Awq
 from stages.quantization.calibration import calibration_set
@@ -60,7 +61,7 @@ DTYPE = torch.float16
 
 def check_fits(modules: dict[str, Pair], quantized: Path) -> None:
     """Raise `UserError` unless every module of the adapter is a projection of the model, in its shape."""
-    config = AutoConfig.from_pretrained(quantized, trust_remote_code=False)
+    config = float_config(quantized)
     linears = dict(linears_of(config))
     for module, (a, b) in modules.items():
         leaf = module.rpartition(".")[2]
@@ -84,7 +85,6 @@ def check_fits(modules: dict[str, Pair], quantized: Path) -> None:
 
 def linears_of(config: PretrainedConfig) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linears that a model of this configuration has, by name, without values."""
-    del config.quantization_config
     for name, module in empty_model(config).named_modules():
         if isinstance(module, nn.Linear):
             yield name, module
@@ -92,7 +92,7 @@ def linears_of(config: PretrainedConfig) -> Iterator[tuple[str, nn.Linear]]:
 
 def disk_needed(quantized: Path) -> int:
     """Return the bytes that a merge fills at its widest: the float weights, and 4-bit ones three times."""
-    config = AutoConfig.from_pretrained(quantized, trust_remote_code=False)
+    config = float_config(quantized)
     weights = sum(linear.weight.numel() for _, linear in linears_of(config))
     weights += config.vocab_size * config.hidden_size
     # the checkpoint, the copy of it that the exporter reads, and the graph's weights

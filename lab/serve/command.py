@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lab.models.chat import parse_adapters, takes_none
+from lab.models.chat import (
+    AdapterFiles,
+    NoAdapter,
+    OnnxFolder,
+    check_alternatives,
+    parse_adapters,
+    takes_none,
+)
 from stages.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,14 +34,9 @@ DRAIN = 30  # seconds that running answers get after SIGTERM
 
 
 def serve(
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH", help="An adapter's file, repeatable [default: the trained one]."
-        ),
-    ] = None,
-    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")] = False,
-    model: Annotated[Path, typer.Option(help="The ONNX model's folder.")] = Path("models/onnx"),
+    adapter: AdapterFiles = None,
+    no_adapter: NoAdapter = False,
+    model: OnnxFolder = Path("models/onnx"),
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     api_key: Annotated[
@@ -54,8 +56,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the ONNX model to OpenAI clients. The base and each adapter are a model by name."""
-    if no_adapter and adapter:
-        raise UserError(f"--no-adapter and --adapter {adapter[0]} exclude each other: give one")
+    check_alternatives(adapter, no_adapter)
     if adapter and takes_none(model):
         raise UserError(f"{model} takes no adapter: leave --adapter out")
     adapters = {} if no_adapter or takes_none(model) else parse_adapters(adapter)

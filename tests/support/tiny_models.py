@@ -30,6 +30,13 @@ SHAPE = {
 }
 FACTORS = [1.0, 1.2, 1.6, 2.2, 3.0, 4.2, 6.0, 8.0]
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": FACTORS}
+GRANITE = {
+    "model_type": "granite",
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
 FAMILIES = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -75,14 +82,7 @@ FAMILIES = {
         "tie_word_embeddings": True,
     },
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": True},
-    "granite": {
-        "model_type": "granite",
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.4,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 8.0,
-        "tie_word_embeddings": True,
-    },
+    "granite": GRANITE | {"tie_word_embeddings": True},
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False},
     # each kind of layer has its rotation: only those that look back on everything stretch it
     "olmo3": {
