@@ -116,7 +116,8 @@ def prompt_of(length: int, batch: int) -> np.ndarray:
 
 def onnx(options, adapter: Path | None = None) -> dict[str, Any]:
     """Decode with ONNX Runtime GenAI."""
-    from stages.answers.generation import OnnxModel, og
+    from stages.answers.generation import OnnxModel
+    from stages.answers.runtime import og
 
     model = OnnxModel(ONNX, {"adapter": adapter} if adapter else None)
 

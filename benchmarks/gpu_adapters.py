@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import keep
-from stages.answers.generation import GRAPH, LORA_GRAPH, OnnxModel, og, open_model
+from stages.adapters.names import LORA_GRAPH
+from stages.answers.generation import OnnxModel
+from stages.answers.runtime import GRAPH, og, open_model
 
 ONNX = Path("models/onnx")
 ADAPTER = Path("models/onnx_adapter/adapter.onnx_adapter")

@@ -21,8 +21,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import keep
-from stages.answers.generation import GRAPH, LORA_GRAPH, og, open_model
+from stages.adapters.names import LORA_GRAPH
 from stages.answers.gpu_weights import base_weights
+from stages.answers.runtime import GRAPH, og, open_model
 
 ONNX = Path("models/onnx")
 ADAPTER = Path("models/onnx_adapter/adapter.onnx_adapter")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lab.models.adapt import adapt
 from stages.adapters.convert import convert
-from stages.adapters.lora_inputs import BASE, LORA_GRAPH, load_graph
+from stages.adapters.lora_inputs import BASE, load_graph
+from stages.adapters.names import LORA_GRAPH
 from stages.adapters.peft_adapter import INITIALISATIONS, UNDERSTOOD
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError

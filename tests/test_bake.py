@@ -17,7 +17,7 @@ import pytest
 from lab.models import bake, baking, chat
 from lab.models.light_tokenizer import LightTokenizer
 from stages.adapters.convert import convert
-from stages.adapters.lora_inputs import LORA_GRAPH
+from stages.adapters.names import LORA_GRAPH
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.core.settings import Optimize

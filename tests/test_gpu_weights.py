@@ -8,7 +8,8 @@ import onnxruntime
 import pytest
 
 from stages.adapters.convert import convert
-from stages.adapters.lora_inputs import LORA_GRAPH, load_graph
+from stages.adapters.lora_inputs import load_graph
+from stages.adapters.names import LORA_GRAPH
 from stages.answers.gpu_weights import SMALLEST, adapter_weights, base_weights
 from stages.core.errors import UserError
 from support.tiny_models import FAMILIES, checkpoint, exported, trained

@@ -52,7 +52,8 @@ def bake(
     # imported here: a mistake in the words is told at once
     from lab.models import baking
     from lab.models.light_tokenizer import LightTokenizer
-    from stages.answers.generation import GRAPH, read_config, refuse_no_file
+    from stages.answers.held_adapters import refuse_no_file
+    from stages.answers.runtime import GRAPH, read_config
 
     read_config(source, GRAPH)
     peft = (adapter / "adapter_config.json").is_file()

@@ -9,7 +9,6 @@ that two folders differ in a few megabytes. Sites that the adapter does not use 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from stages.adapters.lora_inputs import LORA_GRAPH, load_graph, lora_inputs
-from stages.adapters.peft_adapter import A, B
-from stages.answers.generation import GRAPH, OnnxModel, damaged, plain, read_config
+from stages.adapters.lora_inputs import load_graph, lora_inputs
+from stages.adapters.names import LORA_GRAPH, OPERATOR_GRAPH, A, B
+from stages.adapters.tensors import read_tensors
+from stages.answers.generation import OnnxModel
 from stages.answers.gpu_weights import SMALLEST, fits
+from stages.answers.runtime import GRAPH, damaged, for_gpu, plain, read_config
 from stages.core.errors import UserError
 
 DATA = "adapter.onnx.data"
@@ -31,16 +32,14 @@ DATA = "adapter.onnx.data"
 TOLERANCE = 0.3
 ALIGNMENT = 64  # bytes: a cache line, as vector instructions like it
 # what a folder of ours has beside its model, and none that runs elsewhere needs
-OURS = (GRAPH, LORA_GRAPH, "merge.json")
+OURS = (GRAPH, LORA_GRAPH, OPERATOR_GRAPH, "merge.json")
 
 
 def adapter_values(file: Path, onnx: Path) -> dict[str, np.ndarray]:
     """Return an adapter's tensors by the graph's names. Raises `UserError` for one of another model."""
     inputs = lora_inputs(load(onnx).graph)
     try:
-        adapter = onnxruntime.AdapterFormat.read_adapter(str(file))
-        # copies: what numpy() gives is the adapter's own memory, which goes with it
-        values = {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}
+        values = read_tensors(file)
     except Exception:  # noqa: BLE001  # the binding raises plain Exception
         raise UserError(
             f"{file} is not an ONNX Runtime adapter, or is damaged: `lab adapt PEFT_DIR` makes one"
@@ -139,8 +138,8 @@ def compare(onnx: Path, file: Path, folder: Path, tokens: list[int]) -> str:
 
     Raises `UserError` if that is beyond rounding.
     """
-    on_gpu = "cuda" in json.dumps(read_config(onnx, GRAPH)["decoder"]["session_options"])
-    if on_gpu and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    providers = onnxruntime.get_available_providers()
+    if for_gpu(read_config(onnx, GRAPH)) and "CUDAExecutionProvider" not in providers:
         return "not run, as this machine has no CUDA"
     expected = OnnxModel(onnx, {"adapter": file}).logits(tokens, "adapter")
     found = OnnxModel(folder).logits(tokens)

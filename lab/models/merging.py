@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from lab.review.intervals import intervals as changes_of
-from stages.adapters.lora_inputs import LORA_GRAPH
+from stages.adapters.names import LORA_GRAPH, OPERATOR_GRAPH
 from stages.adapters.peft_adapter import Pair
 from stages.answers.decode_speed import measure_in_own_process
 from stages.answers.generation import OnnxModel
@@ -146,8 +146,7 @@ def quantize_merged(
 def export_merged(packed: Path, settings: Settings, folder: Path) -> str:
     """Write the ONNX model of a merged checkpoint, which takes no adapter; say how far PyTorch's is off."""
     with quietly():
-        export(packed, settings.optimize, ["o_proj"], folder, settings.model.name)
-    (folder / LORA_GRAPH).unlink()  # its adapter is in the weights
+        export(packed, settings.optimize, None, folder)  # its adapter is in the weights
     return prove_graph(packed, folder, settings.optimize)
 
 
@@ -194,7 +193,9 @@ def costs(
         # a flat folder: what else lies in the merged one is not finished yet
         shipped = {each.name: size_of(each) for each in folder.iterdir() if each.is_file()}
         if name == "base":  # without an adapter, nobody ships a graph that takes one
-            del shipped[LORA_GRAPH]
+            shipped = {
+                n: size for n, size in shipped.items() if n not in (LORA_GRAPH, OPERATOR_GRAPH)
+            }
         total = sum(shipped.values()) + (size_of(file) if file else 0)
         found[name] = measure_in_own_process(folder, file, repeated, job) | {"bytes": total}
         del found[name][

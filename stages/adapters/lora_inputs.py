@@ -11,9 +11,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from stages.adapters.names import LORA_GRAPH
 from stages.core.errors import UserError
 
-LORA_GRAPH = "lora.onnx"
 # properties of lora.onnx: the base model's name, and what its projections are called
 BASE = "base"
 BASE_MODULES = "base_modules"

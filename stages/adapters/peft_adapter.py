@@ -10,10 +10,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from stages.adapters.names import A, B
 from stages.core.errors import UserError
-
-A, B = ".lora_A.weight", ".lora_B.weight"
-
 
 Pair = tuple[np.ndarray, np.ndarray]  # A, [in, rank], and B, [rank, out], scaling included
 

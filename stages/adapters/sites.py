@@ -10,11 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.adapters.lora_inputs import FUSED
-from stages.adapters.peft_adapter import (
-    A,
-    B,
-    Pair,
-)
+from stages.adapters.names import A, B
+from stages.adapters.peft_adapter import Pair
 from stages.core.errors import UserError
 
 

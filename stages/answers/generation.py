@@ -3,119 +3,23 @@
     model = OnnxModel("models/onnx", {"travel": "models/onnx_adapter/adapter.onnx_adapter"})
     model.generate(tokens, adapter="travel", max_new_tokens=48)
 
-Without adapters model.onnx runs, at full speed; with adapters its twin lora.onnx, on the same weights.
+Without adapters model.onnx runs, at full speed; with adapters a twin of it, on the same weights: lora_op.onnx
+with the operator of stages/lora_op, or lora.onnx where that cannot be compiled.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import onnxruntime
-import psutil
 
+from stages.adapters.names import LORA_GRAPH
+from stages.answers.held_adapters import hold_adapters, misfit, refuse_no_file
 from stages.answers.limits import Limits
+from stages.answers.runtime import GRAPH, for_gpu, og, plain, read_config
 from stages.core.errors import UserError
-from stages.core.machine import usable_cores
-
-if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-    onnxruntime.preload_dlls()  # CUDA's libraries lie in Python packages, where no loader looks
-
-import onnxruntime_genai as og
-
-if TYPE_CHECKING:
-    from stages.answers.gpu_weights import Entry
-
-GRAPH, LORA_GRAPH = "model.onnx", "lora.onnx"
-# what the runtime says of files that were cut or edited; anything else is this machine's fault
-DAMAGED = (
-    "out of bounds|[Pp]arsing failed|JSON Error|failed to load external|[Nn]o such file|not exist"
-)
-
-
-def physical_cores() -> int:
-    """Return the number of physical cores that this process may use.
-
-    ONNX Runtime's own count reads the processor's topology, which virtual machines often hide: it
-    then decodes on one core of two.
-    """
-    usable = usable_cores()
-    return min(psutil.cpu_count(logical=False) or usable, usable)
-
-
-def open_model(
-    folder: Path, graph: str, shared: list[Entry] | None = None, captured: bool = False
-) -> og.Model:
-    """Load one of a folder's graphs.
-
-    On a GPU with the weights that are shared there, and if `captured` with decoding as one CUDA graph, which
-    answers single prompts only. Raises `UserError` where it cannot run on this machine.
-    """
-    options: dict[str, Any] = {"intra_op_num_threads": physical_cores()}
-    decoder: dict[str, Any] = {"filename": graph, "session_options": options}
-    if shared is not None:
-        decoder["shared_initializers"] = shared
-    if captured:  # a token launches hundreds of small kernels: captured, they are launched as one
-        options["provider_options"] = [{"cuda": {"enable_cuda_graph": "1"}}]
-    try:
-        config = og.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": decoder}}))
-        return og.Model(config)
-    except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
-        reason = plain(error)
-        if re.search(DAMAGED, reason):
-            raise damaged(folder, reason) from None
-        raise UserError(f"{folder} cannot run on this machine: {reason}") from None
-
-
-def read_config(folder: Path, graph: str) -> dict[str, Any]:
-    """Return what genai_config.json says of the model.
-
-    Raises `UserError` for a folder that holds no such graph, links, or a file that was cut.
-    """
-    file = folder / "genai_config.json"
-    if not file.is_file() or not (folder / graph).is_file():
-        raise UserError(f"{folder} holds no ONNX model: run `dvc repro` or `dvc pull` first")
-    refuse_links(folder)
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["model"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(folder, f"{file.name}: {error}") from None
-
-
-def damaged(folder: Path, reason: str) -> UserError:
-    """Return the error for files that were cut or edited."""
-    return UserError(
-        f"{folder} is damaged or incomplete ({reason}): `dvc checkout --force` brings DVC's files "
-        "back, copy others again"
-    )
-
-
-def plain(error: Exception) -> str:
-    """Return a message of ONNX Runtime in one line, without the places in its C++ source."""
-    text = " ".join(str(error).split())
-    return re.sub(r"\S+\.(cc|h|cpp):\d+ (\w+ )?", "", text).strip() or type(error).__name__
-
-
-def refuse_links(folder: Path) -> None:
-    """Raise `UserError` where files are links, as some values of DVC's cache.type make them."""
-    for file in sorted(folder.iterdir()):
-        if file.is_symlink() or (file.is_file() and file.stat().st_nlink > 1):
-            raise UserError(
-                f"{file} is a link, which ONNX Runtime refuses to read: "
-                "`dvc config --local cache.type reflink,copy`, then `dvc checkout --relink`"
-            )
-
-
-def refuse_no_file(name: str, file: Path) -> None:
-    """Raise `UserError` where an adapter's path names no file."""
-    if not file.is_file():
-        wrong = "is a folder: name the file in it" if file.is_dir() else "does not exist"
-        raise UserError(f"adapter {name}: {file} {wrong}")
 
 
 class OnnxModel:
@@ -132,75 +36,15 @@ class OnnxModel:
         files = {name: Path(file) for name, file in (adapters or {}).items()}
         for name, file in files.items():
             refuse_no_file(name, file)
-        self.folder = folder
-        self._models: dict[Hashable, og.Model] = {}
-        self._adapters: og.Adapters | None = None  # on the CPU
-        self._shared: dict[str | None, list[Entry]] | None = None  # on a GPU, by adapter
-        if "cuda" in json.dumps(config["decoder"]["session_options"]):
-            self._share(files)
-        else:
-            self._open_on_cpu(files)
+        self._adapters = hold_adapters(folder, files, for_gpu(config))
         for name, file in files.items():
             self._check_fits(name, file)
-
-    def _open_on_cpu(self, files: dict[str, Path]) -> None:
-        """One model for all adapters, which the runtime adds as inputs; without any, the faster graph."""
-        model = open_model(self.folder, LORA_GRAPH if files else GRAPH)
-        self._models[None] = model
-        if not files:
-            return
-        self._adapters = og.Adapters(model)
-        for name, file in files.items():
-            self._load_on_cpu(self._adapters, name, file)
-
-    def _load_on_cpu(self, adapters: og.Adapters, name: str, file: Path) -> None:
-        try:
-            adapters.load(str(file), name)
-        except Exception:  # noqa: BLE001  # the binding raises plain Exception
-            raise self._damaged(name, file) from None
-
-    def _share(self, files: dict[str, Path]) -> None:
-        """Say what a GPU has to hold for the base and for each adapter; models are opened when asked for."""
-        import onnx_ir as ir  # like the next one, for a GPU alone
-
-        from stages.answers.gpu_weights import base_weights
-
-        try:
-            self._shared = {None: base_weights(ir.load(self.folder / GRAPH).graph)}
-            graph = ir.load(self.folder / LORA_GRAPH).graph if files else None
-            weights = base_weights(graph) if files else []
-        except Exception as error:  # noqa: BLE001  # what protobuf says of a file that was cut
-            raise damaged(self.folder, plain(error)) from None
-        for name, file in files.items():
-            self._shared[name] = weights + self._tensors(name, file, graph)
-        self._model(None, captured=True)
-
-    def _tensors(self, name: str, file: Path, graph: Any) -> list[Entry]:
-        """Return an adapter's tensors as a GPU gets them."""
-        from stages.answers.gpu_weights import adapter_weights
-
-        try:
-            return adapter_weights(file, self.folder, graph)
-        except UserError as error:
-            raise self._misfit(name, file, str(error)) from None
-        except Exception:  # noqa: BLE001  # the binding raises plain Exception
-            raise self._damaged(name, file) from None
 
     def load(self, name: str, file: str | Path) -> None:
         """Load one more adapter; the model must have been opened with adapters."""
         file = Path(file)
         refuse_no_file(name, file)
-        if self._shared is not None:
-            import onnx_ir as ir
-
-            from stages.answers.gpu_weights import base_weights
-
-            graph = ir.load(self.folder / LORA_GRAPH).graph
-            self._shared[name] = base_weights(graph) + self._tensors(name, file, graph)
-        elif self._adapters is not None:
-            self._load_on_cpu(self._adapters, name, file)
-        else:
-            raise ValueError("the model was opened without adapters")
+        self._adapters.add(name, file)
         try:
             self._check_fits(name, file)
         except UserError:
@@ -209,40 +53,7 @@ class OnnxModel:
 
     def unload(self, name: str) -> None:
         """Forget an adapter, of which no generator may be left."""
-        if self._shared is not None:
-            del self._shared[name]
-            for captured in (True, False):
-                self._models.pop((name, captured), None)
-        elif self._adapters is not None:
-            self._adapters.unload(name)
-
-    def _model(self, adapter: str | None, captured: bool) -> og.Model:
-        """Return the model that answers with an adapter.
-
-        On a GPU each has one for single prompts, whose steps are captured, and one for batches, which the
-        runtime cannot capture; all of them on the same weights.
-        """
-        if self._shared is None:
-            return self._models[None]
-        if (adapter, captured) not in self._models:
-            graph = GRAPH if adapter is None else LORA_GRAPH
-            opened = open_model(self.folder, graph, self._shared[adapter], captured)
-            self._models[adapter, captured] = opened
-        return self._models[adapter, captured]
-
-    @staticmethod
-    def _damaged(name: str, file: Path) -> UserError:
-        return UserError(
-            f"adapter {name}: {file} is not an ONNX Runtime adapter, or is damaged: "
-            "`lab adapt PEFT_DIR` makes one, `dvc checkout --force` brings ours back"
-        )
-
-    @staticmethod
-    def _misfit(name: str, file: Path, why: str) -> UserError:
-        return UserError(
-            f"adapter {name}: {file} is not made for this model ({why}): "
-            "convert it for this one with `lab adapt PEFT_DIR --model FOLDER`"
-        )
+        self._adapters.remove(name)
 
     def _check_fits(self, name: str, file: Path) -> None:
         """Run one token: the runtime compares an adapter's shapes with the graph's inputs only then."""
@@ -250,7 +61,7 @@ class OnnxModel:
         try:
             generator.append_tokens(np.array([[0]], dtype=np.int32))
         except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
-            raise self._misfit(name, file, plain(error)) from None
+            raise misfit(name, file, plain(error)) from None
 
     def generator(
         self,
@@ -265,7 +76,7 @@ class OnnxModel:
         It is greedy unless `search` has other options of the runtime. The cache for keys and values is as
         large as `max_length`, whatever the model's context.
         """
-        model = self._model(adapter, captured=batch_size == 1)
+        model = self._adapters.model(adapter, captured=batch_size == 1)
         params = og.GeneratorParams(model)
         options: dict[str, Any] = {
             "max_length": max_length,
@@ -275,8 +86,7 @@ class OnnxModel:
         }
         params.set_search_options(**options | dict(search or {}))
         generator = og.Generator(model, params)
-        if adapter is not None and self._adapters is not None:
-            generator.set_active_adapter(self._adapters, adapter)
+        self._adapters.activate(generator, adapter)
         return generator
 
     def check_lengths(self, prompt: int, answer: int) -> None:

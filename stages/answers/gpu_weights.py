@@ -23,11 +23,21 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from stages.adapters.lora_inputs import LORA_GRAPH, lora_inputs
+from stages.adapters.lora_inputs import lora_inputs
+from stages.adapters.names import LORA_GRAPH
+from stages.answers.runtime import damaged, plain
 from stages.core.errors import UserError
 
 Entry = dict[str, Any]  # one initializer, as genai_config.json describes it
 SMALLEST = 4096  # bytes: smaller constants, such as shapes, are read on the CPU
+
+
+def read_graph(folder: Path, name: str) -> ir.Graph:
+    """Read a folder's graph without its weights. Raises `UserError` for a file that was cut."""
+    try:
+        return ir.load(folder / name).graph
+    except Exception as error:  # noqa: BLE001  # what protobuf says of a file that was cut
+        raise damaged(folder, plain(error)) from None
 
 
 def base_weights(graph: ir.Graph) -> list[Entry]:

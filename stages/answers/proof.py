@@ -19,7 +19,8 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig
 
-from stages.answers.generation import OnnxModel, plain
+from stages.answers.generation import OnnxModel
+from stages.answers.runtime import plain
 from stages.core.errors import UserError
 from stages.core.settings import Optimize
 from stages.weights.checkpoint import load_dequantized

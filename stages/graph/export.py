@@ -19,17 +19,23 @@ PROVIDERS = {
 
 
 def export(
-    checkpoint: Path, options: Optimize, targets: list[str] | str, folder: Path, base: str = ""
+    checkpoint: Path,
+    options: Optimize,
+    targets: list[str] | str | None,
+    folder: Path,
+    base: str = "",
 ) -> None:
-    """Write model.onnx and lora.onnx, which takes adapters for `targets`, with what belongs to them.
+    """Write model.onnx and, unless `targets` is None, its twins that take adapters for these modules.
 
     `base` is the base model's name, by which adapters call it.
     """
     where = {"disable_search": True, "accelerator_spec": PROVIDERS[options.execution_provider]}
     level = {"accuracy_level": options.accuracy_level}
     builder = create_pass_from_dict(GenaiBuilder, level, **where)
+    model = builder.run(HfModelHandler(str(checkpoint)), str(folder))
+    if targets is None:
+        return
     modules = None if targets == "all-linear" else list(targets)
     adapted = {"target_modules": modules, "base": base}
     lora = create_pass_from_dict(LoraGraph, adapted, **where)
-    # in place: the pass adds one small file to gigabytes
-    lora.run(builder.run(HfModelHandler(str(checkpoint)), str(folder)), str(folder))
+    lora.run(model, str(folder))  # in place: the pass adds small files to gigabytes

@@ -1,11 +1,14 @@
-"""An Olive pass that puts a graph with optional LoRA inputs beside model.onnx, on the same data file.
+"""An Olive pass that puts graphs that take LoRA adapters beside model.onnx, on the same data file.
 
     create_pass_from_dict(LoraGraph, {"target_modules": ["q_proj"]}).run(onnx_model, out)
 
 Behind the matrix product of every targeted projection, y = x·W, lora.onnx computes y = x·W + (x·A)·B. A,
 [in, rank], and B, [rank, out], are graph inputs with rank-0 defaults. A run without an adapter loads
-model.onnx, at full speed; both graphs read one model.onnx.data. Decoding pays for bytes and for nodes: q, k
+model.onnx, at full speed; all graphs read one model.onnx.data. Decoding pays for bytes and for nodes: q, k
 and v share one site where the graph fuses them, and the form "gemm" does ·B and + in one node.
+
+lora.onnx runs in any ONNX Runtime. lora_op.onnx computes the same with one node of our own at every site, for
+machines where stages/lora_op can be compiled.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from olive.model import ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
-from stages.adapters.lora_inputs import BASE, FUSED, LORA_GRAPH
+from stages.adapters.lora_inputs import BASE, FUSED, lora_inputs
+from stages.adapters.names import LORA_GRAPH, OPERATOR_GRAPH, A, B
 from stages.core.errors import UserError
+from stages.lora_op import DOMAIN, NUMBER, OPERATORS
 
 PROJECTION = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+)/MatMul")
 # operators that treat every token alike, so that [tokens, width] suits them as well as [batch, tokens, width]
@@ -69,11 +74,44 @@ class LoraGraph(Pass):
         add_inputs(graph.graph, config.target_modules, form)
         graph.metadata_props[BASE] = config.base
         ir.save(graph, folder / LORA_GRAPH)
+        if (operator := operator_for(graph.graph, on_cpu)) is not None:
+            graph = ir.load(folder / source.name)
+            add_operators(graph.graph, config.target_modules, operator)
+            graph.opset_imports[DOMAIN] = 1
+            ir.save(graph, folder / OPERATOR_GRAPH)
         return ONNXModelHandler(folder, onnx_file_name=source.name)
 
 
 def add_inputs(graph: ir.Graph, targets: list[str] | None, form: str) -> None:
     """Put a site for A and B behind every targeted projection, in place."""
+    nodes = targeted(graph, targets)
+    if form == "gemm":  # one node less at every site, and decoding waits for nodes
+        flatten_tokens(graph)
+    for node in nodes:
+        insert_site(graph, node, form)
+
+
+def operator_for(graph: ir.Graph, on_cpu: bool) -> str | None:
+    """Return the name of stages/lora_op's operator for a graph's element type, or None if it has none."""
+    dtype = next(iter(lora_inputs(graph).values())).dtype
+    return OPERATORS.get((on_cpu, dtype.name))
+
+
+def add_operators(graph: ir.Graph, targets: list[str] | None, operator: str) -> None:
+    """Put AddLora behind every targeted projection, in place; which adapter it adds is an input."""
+    number = ir.Value(name=NUMBER, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    graph.inputs.append(number)
+    for node in targeted(graph, targets):
+        x, y = node.inputs[0], node.outputs[0]
+        name, module = f"{node.name}/lora", module_of(node)
+        added = make(operator, [y, x, number], name, y.dtype, DOMAIN, projection=module)
+        added.outputs[0].shape = y.shape
+        replace_uses(y, added)
+        graph.insert_after(node, [added])
+
+
+def targeted(graph: ir.Graph, targets: list[str] | None) -> list[ir.Node]:
+    """Return the projections that targets name. Raises `UserError` where they name none."""
     modules = {node: module for node in graph if (module := module_of(node))}
     nodes = [node for node, module in modules.items() if is_targeted(module, targets)]
     if not nodes:
@@ -82,10 +120,7 @@ def add_inputs(graph: ir.Graph, targets: list[str] | None, form: str) -> None:
             f"finetune.target_modules is {targets}, none of which is in the graph: "
             f"must be some of {', '.join(leaves)}"
         )
-    if form == "gemm":  # one node less at every site, and decoding waits for nodes
-        flatten_tokens(graph)
-    for node in nodes:
-        insert_site(graph, node, form)
+    return nodes
 
 
 def module_of(node: ir.Node) -> str | None:
@@ -108,10 +143,10 @@ def is_targeted(module: str, targets: list[str] | None) -> bool:
 
 def insert_site(graph: ir.Graph, node: ir.Node, form: str) -> None:
     """Make y = x·W into y = x·W + (x·A)·B. The form "gemm" takes x as [tokens, in]."""
-    x, y, module = node.inputs[0], node.outputs[0], module_of(node)
+    x, y, module = node.inputs[0], node.outputs[0], module_of(node) or ""
     in_features, out_features = features(node)
-    a = optional_input(graph, f"{module}.lora_A.weight", (in_features, 0), x.dtype)
-    b = optional_input(graph, f"{module}.lora_B.weight", (0, out_features), x.dtype)
+    a = optional_input(graph, module + A, (in_features, 0), x.dtype)
+    b = optional_input(graph, module + B, (0, out_features), x.dtype)
     # x·A first: A and B are thin, W·x is large, and A·B as one matrix would be as large as W
     low = make("MatMul", [x, a], f"{node.name}/lora_A", x.dtype)
     if form == "gemm":
@@ -243,9 +278,14 @@ def constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
 
 
 def make(
-    operator: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, **attributes: Any
+    operator: str,
+    inputs: list[ir.Value],
+    name: str,
+    dtype: ir.DataType,
+    domain: str = "",
+    **attributes: Any,
 ) -> ir.Node:
     """Return a node with one output of a known element type."""
-    node = ir.node(operator, inputs, attributes, name=name)
+    node = ir.node(operator, inputs, attributes, name=name, domain=domain)
     node.outputs[0].name, node.outputs[0].type = f"{name}/output_0", ir.TensorType(dtype)
     return node
