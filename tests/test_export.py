@@ -62,10 +62,11 @@ def test_every_family_answers_as_pytorch_does_with_and_without_adapters(family, 
     assert np.abs(one - two).max() > 0.1 * np.abs(one).max()
 
 
-def test_both_graphs_read_one_data_file(built):
+def test_all_graphs_read_one_data_file(built):
     _, folder = built("tied")
     assert sorted(file.name for file in folder.glob("*.onnx*")) == [
         "lora.onnx",
+        "lora_op.onnx",
         "model.onnx",
         "model.onnx.data",
     ]

@@ -71,7 +71,12 @@ class ByOperator:
         self._weights = shared_weights(folder, OPERATOR_GRAPH) if operator.on_gpu else None
         before = operator.kernels()
         self.model(None, captured=operator.on_gpu)
-        self._projections = {n for n, k in operator.kernels().items() if k > before.get(n, 0)}
+        # of each projection that takes an adapter
+        self._kinds = {
+            name: kind
+            for name, (count, kind) in operator.kernels().items()
+            if count > before.get(name, (0,))[0]
+        }
 
     def add(self, name: str, file: Path) -> None:
         """Read the file and hand its tensors to the operator."""
@@ -88,9 +93,9 @@ class ByOperator:
         try:
             pairs = in_pairs(tensors)
             for projection in pairs:
-                if projection not in self._projections:
+                if projection not in self._kinds:
                     raise ValueError(f"there is no {projection} in {OPERATOR_GRAPH} that takes one")
-            number = self._operator.add(pairs)
+            number = self._operator.add(pairs, max(self._kinds.values()))
         except ValueError as error:
             raise misfit(name, file, str(error)) from None
         self._numbers[name] = number

@@ -25,12 +25,13 @@ from olive.model import ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
-from stages.adapters.lora_inputs import BASE, FUSED, lora_inputs
+from stages.adapters.lora_inputs import BASE, FUSED
 from stages.adapters.names import LORA_GRAPH, OPERATOR_GRAPH, A, B
 from stages.core.errors import UserError
 from stages.lora_op import DOMAIN, NUMBER, OPERATORS
 
 PROJECTION = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+)/MatMul")
+INT8 = 4  # MatMulNBits' accuracy_level for activations in int8
 # operators that treat every token alike, so that [tokens, width] suits them as well as [batch, tokens, width]
 PER_TOKEN = {
     "Add",
@@ -74,10 +75,8 @@ class LoraGraph(Pass):
         add_inputs(graph.graph, config.target_modules, form)
         graph.metadata_props[BASE] = config.base
         ir.save(graph, folder / LORA_GRAPH)
-        if (operator := operator_for(graph.graph, on_cpu)) is not None:
-            graph = ir.load(folder / source.name)
-            add_operators(graph.graph, config.target_modules, operator)
-            graph.opset_imports[DOMAIN] = 1
+        graph = ir.load(folder / source.name)
+        if add_operators(graph.graph, config.target_modules, on_cpu):
             ir.save(graph, folder / OPERATOR_GRAPH)
         return ONNXModelHandler(folder, onnx_file_name=source.name)
 
@@ -91,23 +90,38 @@ def add_inputs(graph: ir.Graph, targets: list[str] | None, form: str) -> None:
         insert_site(graph, node, form)
 
 
-def operator_for(graph: ir.Graph, on_cpu: bool) -> str | None:
-    """Return the name of stages/lora_op's operator for a graph's element type, or None if it has none."""
-    dtype = next(iter(lora_inputs(graph).values())).dtype
-    return OPERATORS.get((on_cpu, dtype.name))
+def add_operators(graph: ir.Graph, targets: list[str] | None, on_cpu: bool) -> bool:
+    """Put our operator behind every targeted projection, in place; which adapter it adds is an input.
 
-
-def add_operators(graph: ir.Graph, targets: list[str] | None, operator: str) -> None:
-    """Put AddLora behind every targeted projection, in place; which adapter it adds is an input."""
+    Returns False for a graph in an element type that it does not have.
+    """
+    nodes = targeted(graph, targets)
+    exact = on_cpu and not all(rounds_activations(node) for node in nodes)
+    dtype = nodes[0].outputs[0].dtype
+    operator = OPERATORS.get(("cpu" if on_cpu else "cuda", dtype.name, exact)) if dtype else None
+    if operator is None:
+        return False
     number = ir.Value(name=NUMBER, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(number)
-    for node in targeted(graph, targets):
+    graph.opset_imports[DOMAIN] = 1
+    for node in nodes:
         x, y = node.inputs[0], node.outputs[0]
         name, module = f"{node.name}/lora", module_of(node)
         added = make(operator, [y, x, number], name, y.dtype, DOMAIN, projection=module)
         added.outputs[0].shape = y.shape
+        if not on_cpu:  # room for x·A, which nobody reads
+            added.resize_outputs(2)
+            added.outputs[1].name = f"{name}/low"
+            added.outputs[1].type = ir.TensorType(ir.DataType.FLOAT)
         replace_uses(y, added)
         graph.insert_after(node, [added])
+    return True
+
+
+def rounds_activations(node: ir.Node) -> bool:
+    """Say whether a projection on the CPU multiplies int8 activations."""
+    level = node.attributes.get("accuracy_level")
+    return level is not None and level.as_int() == INT8
 
 
 def targeted(graph: ir.Graph, targets: list[str] | None) -> list[ir.Node]:

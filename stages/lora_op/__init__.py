@@ -2,9 +2,15 @@
 
 add_lora.c is the operator, add_lora.cu has its kernels for a GPU, and library.py compiles both;
 stages/graph/lora_graph.py writes the graph that uses it.
+
+AddLora keeps A and B in float16, where a graph rounds its activations to int8 anyway, AddLoraExact in float32.
 """
 
 DOMAIN = "olive_lab"
-# by (on a CPU, element type)
-OPERATORS = {(True, "FLOAT"): "AddLora", (False, "FLOAT16"): "AddLoraCuda"}
+# by execution provider and element type, and by whether the graph's own products are exact
+OPERATORS = {
+    ("cpu", "FLOAT", False): "AddLora",
+    ("cpu", "FLOAT", True): "AddLoraExact",
+    ("cuda", "FLOAT16", False): "AddLoraCuda",
+}
 NUMBER = "adapter"  # the graph's input: an adapter's number, [1]; 0 for none

@@ -1,10 +1,11 @@
 /* AddLora, an operator for ONNX Runtime: sum = y + (x·A)·B, with A and B of adapters that are kept here.
  *
- *     y [.., out], x [.., in], adapter [1] -> sum [.., out]
+ *     y [.., out], x [.., in], adapter [1] -> sum [.., out] (, on a GPU, room for x·A)
  *
  * `adapter_add` and `adapter_site` keep an adapter's A and B under a number; 0 is none, and adds nothing. The
  * runtime's own way, A and B as inputs of every run, reads them in float32 on one core, or copies them to the
- * GPU at every token. AddLora is for the CPU, in float32, and AddLoraCuda for a GPU, in float16.
+ * GPU at every token. There are three of its kind: AddLora and AddLoraExact for the CPU, where y and x are float32,
+ * and A and B are kept in float16 or float32, and AddLoraCuda for a GPU, all in float16.
  *
  * stages/lora_op/library.py compiles this file where it runs. The runtime's C interface is a table of functions
  * that only grows at its end, and so is its description of an operator: places and fields are those of
@@ -74,12 +75,7 @@ static Status *status(Api api, const char *message) {
 
 /* ---- Adapters ---- */
 
-#ifdef __F16C__ /* half the bytes to read, and the processor widens them as it reads */
-#include <immintrin.h>
-typedef uint16_t Stored;
-#else
-typedef float Stored;
-#endif
+typedef enum { HALF, EXACT, ON_GPU } Kind; /* of an operator, and of the adapters that it takes */
 
 enum { LANES = 8, WIDE = 4 * LANES, SITES = 4096, NAME = 192, MOST_RANKS = 1024 };
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
@@ -88,13 +84,14 @@ typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4
  * [out / WIDE][rank][WIDE], filled up with zeros. On a GPU: [in][rank] and [rank][out]. */
 typedef struct {
   int64_t in, out, rank; /* rank: a multiple of LANES */
+  int half;              /* are A and B float16? Half the bytes to read, and decoding waits for bytes */
   void *a, *b;
 } Site;
 
 typedef struct Adapter {
   struct Adapter *next;
   int64_t number;
-  int on_gpu;
+  Kind kind;
   Site sites[SITES];
 } Adapter;
 
@@ -104,11 +101,12 @@ static int64_t last_number;
 static struct {
   char name[NAME];
   int64_t kernels; /* that graphs have made for it */
+  Kind kind;       /* of the last one */
 } projections[SITES];
 static int known;
 
-/* Returns the place of a projection, where `made` more kernels are for it; -1 where there is no more room. */
-static int place_of(const char *name, int made) {
+/* Returns the place of a projection, or -1 where there is no more room; `kind` is of a new kernel for it. */
+static int place_of(const char *name, const Kind *kind) {
   int place = 0;
   pthread_mutex_lock(&lock);
   while (place < known && strcmp(projections[place].name, name)) place++;
@@ -116,16 +114,17 @@ static int place_of(const char *name, int made) {
     place = -1;
   else {
     if (place == known) strcpy(projections[known++].name, name);
-    projections[place].kernels += made;
+    if (kind) projections[place].kernels++, projections[place].kind = *kind;
   }
   pthread_mutex_unlock(&lock);
   return place;
 }
 
-/* Returns a projection's name, or null behind the last one, and how many kernels graphs have made for it. */
-const char *projection(int place, int64_t *kernels) {
+/* Returns a projection's name, or null behind the last one, how many kernels graphs have made for it, and the last
+ * one's kind. */
+const char *projection(int place, int64_t *kernels, int *kind) {
   if (place >= known) return 0;
-  *kernels = projections[place].kernels;
+  *kernels = projections[place].kernels, *kind = projections[place].kind;
   return projections[place].name;
 }
 
@@ -139,43 +138,55 @@ static Adapter *find(int64_t number) {
 
 /* ---- On the CPU ---- */
 
-static Stored narrow(float value) {
 #ifdef __F16C__
-  return _cvtss_sh(value, 0);
-#else
-  return value;
-#endif
-}
-
-static inline Lanes widen(const Stored *from) {
-#ifdef __F16C__
+#include <immintrin.h>
+enum { WIDENS = 1 }; /* the processor, as it reads */
+static uint16_t narrow(float value) { return _cvtss_sh(value, 0); }
+static inline Lanes widen(const uint16_t *from) {
   return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+}
 #else
-  return *(const Lanes *)from;
+enum { WIDENS = 0 };
+static uint16_t narrow(float value) { return 0; }
+static inline Lanes widen(const uint16_t *from) { return (Lanes){0}; }
 #endif
+
+static inline __attribute__((always_inline)) Lanes get(const void *from, int64_t place, int half) {
+  return half ? widen((const uint16_t *)from + place) : *(const Lanes *)((const float *)from + place);
 }
 
-static inline float total(Lanes lanes) {
-  float sum = 0;
-  for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
-  return sum;
+static void put(void *to, int64_t place, float value, int half) {
+  if (half)
+    ((uint16_t *)to)[place] = narrow(value);
+  else
+    ((float *)to)[place] = value;
 }
 
-static Stored *panels_of_a(const float *a, const Site *site, int64_t given) {
-  Stored *panels = aligned_alloc(64, (site->rank * site->in * sizeof(Stored) + 63) / 64 * 64);
+static int64_t bytes_of(const Site *site, int64_t elements) { return elements * (site->half ? 2 : 4); }
+
+static int64_t panels_of(const Site *site) { return (site->out + WIDE - 1) / WIDE; }
+
+static void *room_for(const Site *site, int64_t elements) {
+  return aligned_alloc(64, (bytes_of(site, elements) + 63) / 64 * 64);
+}
+
+static void *panels_of_a(const float *a, const Site *site, int64_t given) {
+  void *panels = room_for(site, site->rank * site->in);
   for (int64_t j = 0; panels && j < site->rank; j++)
-    for (int64_t k = 0; k < site->in; k++)
-      panels[(j / LANES * site->in + k) * LANES + j % LANES] = narrow(j < given ? a[k * given + j] : 0);
+    for (int64_t k = 0; k < site->in; k++) {
+      float value = j < given ? a[k * given + j] : 0;
+      put(panels, (j / LANES * site->in + k) * LANES + j % LANES, value, site->half);
+    }
   return panels;
 }
 
-static Stored *panels_of_b(const float *b, const Site *site, int64_t given) {
-  int64_t columns = (site->out + WIDE - 1) / WIDE * WIDE;
-  Stored *panels = aligned_alloc(64, columns * site->rank * sizeof(Stored));
-  for (int64_t n = 0; panels && n < columns; n++)
-    for (int64_t j = 0; j < site->rank; j++)
-      panels[(n / WIDE * site->rank + j) * WIDE + n % WIDE] =
-          narrow(j < given && n < site->out ? b[j * site->out + n] : 0);
+static void *panels_of_b(const float *b, const Site *site, int64_t given) {
+  void *panels = room_for(site, panels_of(site) * WIDE * site->rank);
+  for (int64_t n = 0; panels && n < panels_of(site) * WIDE; n++)
+    for (int64_t j = 0; j < site->rank; j++) {
+      float value = j < given && n < site->out ? b[j * site->out + n] : 0;
+      put(panels, (n / WIDE * site->rank + j) * WIDE + n % WIDE, value, site->half);
+    }
   return panels;
 }
 
@@ -186,7 +197,7 @@ typedef struct {
   const float *x;
   float *y;
   int64_t tokens, chunks;
-  float *partial; /* [chunks][rank]: what each part of x adds to x·A */
+  float *partial; /* x·A: [tokens][rank], or what each part of one token's x adds to it, [chunks][rank] */
 } Work;
 
 static int64_t chunks_of(int64_t bytes) {
@@ -194,28 +205,37 @@ static int64_t chunks_of(int64_t bytes) {
   return chunks > MOST_CHUNKS ? MOST_CHUNKS : chunks;
 }
 
+#define INLINE static inline __attribute__((always_inline)) /* compiled for half and for not half */
+
 /* One token's x·A over a part of x. */
-static void part_of_x(void *data, size_t chunk) {
-  const Work *work = data;
+INLINE void sum_part_of_x(const Work *work, size_t chunk, int half) {
   const Site *site = work->site;
   int64_t from = site->in * chunk / work->chunks, to = site->in * (chunk + 1) / work->chunks;
   for (int64_t j = 0; j < site->rank; j += LANES) {
-    const Stored *a = (const Stored *)site->a + j * site->in;
+    int64_t a = j * site->in;
     Lanes sums[4] = {{0}}; /* four, as an addition waits for the one before it */
     int64_t k = from;
     for (; k + 4 <= to; k += 4)
-      for (int i = 0; i < 4; i++) sums[i] += widen(a + (k + i) * LANES) * work->x[k + i];
-    for (; k < to; k++) sums[0] += widen(a + k * LANES) * work->x[k];
+      for (int i = 0; i < 4; i++) sums[i] += get(site->a, a + (k + i) * LANES, half) * work->x[k + i];
+    for (; k < to; k++) sums[0] += get(site->a, a + k * LANES, half) * work->x[k];
     *(Lanes *)(work->partial + chunk * site->rank + j) = sums[0] + sums[1] + sums[2] + sums[3];
   }
 }
 
+static void part_of_x(void *data, size_t chunk) {
+  const Work *work = data;
+  if (work->site->half)
+    sum_part_of_x(work, chunk, 1);
+  else
+    sum_part_of_x(work, chunk, 0);
+}
+
 /* Adds low·B, low [rank], to the columns of one panel. */
-static inline void add_panel(const Site *site, int64_t panel, const float *low, float *y) {
-  const Stored *b = (const Stored *)site->b + panel * site->rank * WIDE;
+INLINE void add_panel_as(const Site *site, int64_t panel, const float *low, float *y, int half) {
+  int64_t b = panel * site->rank * WIDE;
   Lanes sums[4] = {{0}};
   for (int64_t j = 0; j < site->rank; j++)
-    for (int i = 0; i < 4; i++) sums[i] += widen(b + j * WIDE + i * LANES) * low[j];
+    for (int i = 0; i < 4; i++) sums[i] += get(site->b, b + j * WIDE + i * LANES, half) * low[j];
   int64_t left = site->out - panel * WIDE;
   y += panel * WIDE;
   if (left >= WIDE)
@@ -224,40 +244,50 @@ static inline void add_panel(const Site *site, int64_t panel, const float *low, 
     for (int64_t n = 0; n < left; n++) y[n] += sums[n / LANES][n % LANES];
 }
 
+static void add_panel(const Site *site, int64_t panel, const float *low, float *y) {
+  if (site->half)
+    add_panel_as(site, panel, low, y, 1);
+  else
+    add_panel_as(site, panel, low, y, 0);
+}
+
 /* One token's low·B for a part of the columns. */
 static void part_of_columns(void *data, size_t chunk) {
   const Work *work = data;
   const Site *site = work->site;
-  int64_t panels = (site->out + WIDE - 1) / WIDE;
-  for (int64_t n = panels * chunk / work->chunks; n < panels * (int64_t)(chunk + 1) / work->chunks; n++)
+  int64_t panels = panels_of(site), from = panels * chunk / work->chunks;
+  for (int64_t n = from; n < panels * (int64_t)(chunk + 1) / work->chunks; n++)
     add_panel(site, n, work->partial, work->y);
 }
 
-/* Both products for a block of tokens: a panel is read once for all of them. */
+/* x·A of `count` tokens, at most a block, to low, [count][rank]. */
+INLINE void multiply_by_a(const Site *site, const float *x, int64_t count, float *low, int half) {
+  for (int64_t j = 0; j < site->rank; j += LANES) {
+    Lanes sums[BLOCK] = {{0}};
+    for (int64_t k = 0; k < site->in; k++) {
+      Lanes row = get(site->a, (j * site->in) + k * LANES, half);
+      if (count == BLOCK)
+        for (int t = 0; t < BLOCK; t++) sums[t] += row * x[t * site->in + k];
+      else
+        for (int64_t t = 0; t < count; t++) sums[t] += row * x[t * site->in + k];
+    }
+    for (int64_t t = 0; t < count; t++) *(Lanes *)(low + t * site->rank + j) = sums[t];
+  }
+}
+
+/* Both products for a block of tokens: what is read of A and B serves all of them. */
 static void block_of_tokens(void *data, size_t block) {
   const Work *work = data;
   const Site *site = work->site;
   int64_t first = block * BLOCK, count = work->tokens - first < BLOCK ? work->tokens - first : BLOCK;
-  const float *x = work->x + first * site->in;
-  float *low = malloc(BLOCK * site->rank * sizeof(float));
-  if (!low) abort();
-  for (int64_t j = 0; j < site->rank; j += LANES) {
-    const Stored *a = (const Stored *)site->a + j * site->in;
-    Lanes sums[BLOCK] = {{0}};
-    if (count == BLOCK)
-      for (int64_t k = 0; k < site->in; k++) {
-        Lanes row = widen(a + k * LANES);
-        for (int t = 0; t < BLOCK; t++) sums[t] += row * x[t * site->in + k];
-      }
-    else
-      for (int64_t k = 0; k < site->in; k++)
-        for (int64_t t = 0; t < count; t++) sums[t] += widen(a + k * LANES) * x[t * site->in + k];
-    for (int t = 0; t < BLOCK; t++) *(Lanes *)(low + t * site->rank + j) = sums[t];
-  }
-  for (int64_t n = 0; n < (site->out + WIDE - 1) / WIDE; n++)
+  float *low = work->partial + first * site->rank;
+  if (site->half)
+    multiply_by_a(site, work->x + first * site->in, count, low, 1);
+  else
+    multiply_by_a(site, work->x + first * site->in, count, low, 0);
+  for (int64_t n = 0; n < panels_of(site); n++)
     for (int64_t t = 0; t < count; t++)
       add_panel(site, n, low + t * site->rank, work->y + (first + t) * site->out);
-  free(low);
 }
 
 typedef void Loop(const void *context, void (*part)(void *, size_t), size_t parts, size_t batches, void *data);
@@ -271,30 +301,29 @@ static void in_parallel(Api api, const void *context, void (*part)(void *, size_
 
 static const char *add_on_cpu(Api api, const void *context, const Site *site, const float *x, float *y,
                               int64_t tokens) {
-  Work work = {site, x, y, tokens, 0, 0};
-  if (tokens > 1) {
+  int64_t chunks = chunks_of(bytes_of(site, site->in * site->rank)), parts = tokens > 1 ? tokens : chunks;
+  float *partial = malloc(parts * site->rank * sizeof(float));
+  if (!partial) return "AddLora: out of memory";
+  Work work = {site, x, y, tokens, chunks, partial};
+  if (tokens > 1)
     in_parallel(api, context, block_of_tokens, (tokens + BLOCK - 1) / BLOCK, &work);
-    return 0;
+  else {
+    in_parallel(api, context, part_of_x, chunks, &work);
+    for (int64_t chunk = 1; chunk < chunks; chunk++)
+      for (int64_t j = 0; j < site->rank; j++) partial[j] += partial[chunk * site->rank + j];
+    work.chunks = chunks_of(bytes_of(site, site->out * site->rank));
+    in_parallel(api, context, part_of_columns, work.chunks, &work);
   }
-  float *partial = malloc(MOST_CHUNKS * site->rank * sizeof(float));
-  if (!partial) return "out of memory";
-  work.partial = partial;
-  work.chunks = chunks_of(site->in * site->rank * sizeof(Stored));
-  in_parallel(api, context, part_of_x, work.chunks, &work);
-  for (int64_t chunk = 1; chunk < work.chunks; chunk++)
-    for (int64_t j = 0; j < site->rank; j++) partial[j] += partial[chunk * site->rank + j];
-  work.chunks = chunks_of(site->out * site->rank * sizeof(Stored));
-  in_parallel(api, context, part_of_columns, work.chunks, &work);
   free(partial);
   return 0;
 }
 
 /* ---- On a GPU: by the driver's interface, as the kernels in add_lora.cu are compiled apart ---- */
 
-enum { COLUMNS = 256, TOKENS = 8 }; /* of a block of threads, as in add_lora.cu */
+enum { THREADS = 256, SLICE = 128, TOKENS = 8 }; /* as in add_lora.cu */
 
 static struct {
-  void *context, *one_token, *many_tokens;
+  void *context, *lower_one, *lower_many, *raise_one, *raise_many;
   int (*set_context)(void *);
   int (*allocate)(uint64_t *, size_t);
   int (*release)(uint64_t);
@@ -320,7 +349,8 @@ const char *gpu_open(const void *image) {
   int ordinal;
   if (init(0) || device(&ordinal, 0) || retain(&gpu.context, ordinal)) return "the GPU does not answer";
   if (gpu.set_context(gpu.context) || load(&module, image)) return "the GPU does not take the kernels";
-  if (function(&gpu.one_token, module, "one_token") || function(&gpu.many_tokens, module, "many_tokens"))
+  if (function(&gpu.lower_one, module, "lower_one") || function(&gpu.lower_many, module, "lower_many") ||
+      function(&gpu.raise_one, module, "raise_one") || function(&gpu.raise_many, module, "raise_many"))
     return "the kernels are not there";
   return 0;
 }
@@ -335,28 +365,35 @@ static void *uploaded(const void *from, size_t bytes) {
   return (void *)memory;
 }
 
-static const char *add_on_gpu(Api api, const void *context, const Site *site, const void *x, void *y,
-                              int64_t tokens) {
+static int slices_of(const Site *site) { return (site->in + SLICE - 1) / SLICE; }
+
+/* `low` has room for [tokens, slices, rank] of float32. */
+static const char *add_on_gpu(Api api, const void *context, const Site *site, const void *x, void *y, void *low,
+                              int64_t count) {
   void *stream = 0;
-  Status *wrong = ((Status * (*)(const void *, void **)) api[GET_GPU_STREAM])(context, &stream);
-  if (wrong) return "there is no CUDA stream";
-  void *arguments[] = {(void *)&x,        (void *)&site->a,   (void *)&site->b,   (void *)&y,
-                       (void *)&site->in, (void *)&site->out, (void *)&site->rank, (void *)&tokens};
-  unsigned columns = (site->out + COLUMNS - 1) / COLUMNS, shared = site->rank * sizeof(float);
-  int failed = tokens == 1 ? gpu.launch(gpu.one_token, columns, 1, 1, COLUMNS, 1, 1, shared, stream, arguments, 0)
-                           : gpu.launch(gpu.many_tokens, columns, (tokens + TOKENS - 1) / TOKENS, 1, COLUMNS, 1, 1,
-                                        shared * TOKENS, stream, arguments, 0);
-  return failed ? "the kernel was not launched" : 0;
+  if (((Status * (*)(const void *, void **)) api[GET_GPU_STREAM])(context, &stream))
+    return "AddLora: there is no CUDA stream";
+  int many = count > 1, tokens = count, in = site->in, out = site->out, rank = site->rank, slices = slices_of(site);
+  unsigned tiles = many ? (tokens + TOKENS - 1) / TOKENS : 1, columns = (out + THREADS - 1) / THREADS;
+  unsigned shared = rank * sizeof(float) * (many ? TOKENS : 1);
+  void *lower[] = {&x, (void *)&site->a, &low, &in, &rank, &tokens};
+  void *raise[] = {&low, (void *)&site->b, &y, &slices, &out, &rank, &tokens};
+  int failed = gpu.launch(many ? gpu.lower_many : gpu.lower_one, slices, tiles, 1, THREADS, 1, 1, 0, stream, lower, 0);
+  if (!failed)
+    failed = gpu.launch(many ? gpu.raise_many : gpu.raise_one, columns, tiles, 1, THREADS, 1, 1, shared, stream,
+                        raise, 0);
+  return failed ? "AddLora: the kernel was not launched" : 0;
 }
 
 /* ---- Adapters come and go ---- */
 
-int64_t adapter_add(int on_gpu) {
+/* Returns the new adapter's number, or 0 without memory. */
+int64_t adapter_add(Kind kind) {
   Adapter *adapter = calloc(1, sizeof(Adapter));
   if (!adapter) return 0;
   pthread_mutex_lock(&lock);
   adapter->number = ++last_number;
-  adapter->on_gpu = on_gpu;
+  adapter->kind = kind;
   adapter->next = adapters;
   adapters = adapter;
   pthread_mutex_unlock(&lock);
@@ -371,11 +408,13 @@ const char *adapter_site(int64_t number, const char *name, int64_t in, int64_t o
   int place = place_of(name, 0);
   if (!adapter) return "no such adapter";
   if (place < 0) return "too many projections";
-  if (adapter->on_gpu && (rank % LANES || rank > MOST_RANKS)) return "its rank is too large for the GPU";
+  int on_gpu = adapter->kind == ON_GPU;
+  if (on_gpu && (rank % LANES || rank > MOST_RANKS)) return "its rank is too large for the GPU";
   Site *site = &adapter->sites[place];
   site->in = in, site->out = out, site->rank = (rank + LANES - 1) / LANES * LANES;
-  site->a = adapter->on_gpu ? uploaded(a, in * rank * 2) : panels_of_a(a, site, rank);
-  site->b = adapter->on_gpu ? uploaded(b, rank * out * 2) : panels_of_b(b, site, rank);
+  site->half = WIDENS && adapter->kind == HALF;
+  site->a = on_gpu ? uploaded(a, in * rank * 2) : panels_of_a(a, site, rank);
+  site->b = on_gpu ? uploaded(b, rank * out * 2) : panels_of_b(b, site, rank);
   return site->a && site->b ? 0 : "out of memory";
 }
 
@@ -394,7 +433,7 @@ void adapter_remove(int64_t number) {
   for (int i = 0; i < SITES; i++)
     for (int which = 0; which < 2; which++) {
       void *memory = which ? adapter->sites[i].b : adapter->sites[i].a;
-      if (memory && adapter->on_gpu)
+      if (memory && adapter->kind == ON_GPU)
         gpu.set_context(gpu.context), gpu.release((uint64_t)memory);
       else
         free(memory);
@@ -406,7 +445,8 @@ void adapter_remove(int64_t number) {
 
 typedef struct {
   Api api;
-  int on_gpu, place;
+  Kind kind;
+  int place;
 } Kernel;
 
 enum { MOST_DIMENSIONS = 8 };
@@ -436,33 +476,49 @@ static int get_input(Api api, const void *context, size_t place, Tensor *tensor)
   return 0;
 }
 
+static int get_output(Api api, void *context, size_t place, const int64_t *sizes, size_t dimensions, void **value) {
+  return ((Status * (*)(void *, size_t, const int64_t *, size_t, void **)) api[GET_OUTPUT])(context, place, sizes,
+                                                                                          dimensions, value) != 0;
+}
+
+static int get_data(Api api, const void *value, void **data) {
+  return ((Status * (*)(const void *, void **)) api[GET_DATA])(value, data) != 0;
+}
+
 static Status *compute(void *state, void *context) {
   const Kernel *kernel = state;
   Api api = kernel->api;
   Tensor y, x, number;
   void *output = 0, *sum = 0;
   if (get_input(api, context, 0, &y) || get_input(api, context, 1, &x) || get_input(api, context, 2, &number) ||
-      ((Status * (*)(void *, size_t, const int64_t *, size_t, void **)) api[GET_OUTPUT])(context, 0, y.sizes,
-                                                                                        y.dimensions, &output) ||
-      ((Status * (*)(const void *, void **)) api[GET_DATA])(output, &sum))
+      get_output(api, context, 0, y.sizes, y.dimensions, &output) || get_data(api, output, &sum))
     return status(api, "AddLora: the runtime does not give its tensors");
   if (sum != y.data) { /* `in_place` asks the runtime for one buffer */
-    if (kernel->on_gpu) return status(api, "AddLora: the sum has a buffer of its own");
+    if (kernel->kind == ON_GPU) return status(api, "AddLora: the sum has a buffer of its own");
     memcpy(sum, y.data, y.rows * y.last * sizeof(float));
   }
   int64_t wanted = *(const int64_t *)number.data;
   if (!wanted || !y.rows) return 0;
   const Adapter *adapter = find(wanted);
-  if (!adapter || adapter->on_gpu != kernel->on_gpu) return status(api, "AddLora: no such adapter");
+  if (!adapter || adapter->kind != kernel->kind) return status(api, "AddLora: no such adapter");
   const Site *site = &adapter->sites[kernel->place];
   if (!site->a) return 0; /* the adapter leaves this projection as it is */
   if (site->in != x.last || site->out != y.last) return status(api, "AddLora: the adapter is of another model");
-  const char *wrong = kernel->on_gpu ? add_on_gpu(api, context, site, x.data, sum, y.rows)
-                                     : add_on_cpu(api, context, site, x.data, sum, y.rows);
+  const char *wrong;
+  if (kernel->kind == ON_GPU) {
+    /* an output that nobody reads is memory of the runtime's, for as long as this runs */
+    int64_t sizes[] = {y.rows, slices_of(site), site->rank};
+    void *value = 0, *low = 0;
+    if (get_output(api, context, 1, sizes, 3, &value) || get_data(api, value, &low))
+      return status(api, "AddLora: the runtime gives no room for x·A");
+    wrong = add_on_gpu(api, context, site, x.data, sum, low, y.rows);
+  } else
+    wrong = add_on_cpu(api, context, site, x.data, sum, y.rows);
   return wrong ? status(api, wrong) : 0;
 }
 
-static const char *cpu_name(const Operator *operator) { return "AddLora"; }
+static const char *half_name(const Operator *operator) { return "AddLora"; }
+static const char *exact_name(const Operator *operator) { return "AddLoraExact"; }
 static const char *gpu_name(const Operator *operator) { return "AddLoraCuda"; }
 static const char *cpu_provider(const Operator *operator) { return "CPUExecutionProvider"; }
 static const char *gpu_provider(const Operator *operator) { return "CUDAExecutionProvider"; }
@@ -470,7 +526,10 @@ static int cpu_type(const Operator *operator, size_t place) { return place == 2 
 static int gpu_type(const Operator *operator, size_t place) { return place == 2 ? INT64 : FLOAT16; }
 static int memory(const Operator *operator, size_t place) { return place == 2 ? ON_CPU : ON_DEVICE; }
 static size_t three(const Operator *operator) { return 3; }
-static size_t one(const Operator *operator) { return 1; }
+static size_t cpu_outputs(const Operator *operator) { return 1; }
+static size_t gpu_outputs(const Operator *operator) { return 2; }
+static int cpu_output(const Operator *operator, size_t place) { return FLOAT; }
+static int gpu_output(const Operator *operator, size_t place) { return place ? FLOAT : FLOAT16; }
 static int required(const Operator *operator, size_t place) { return 0; }
 static int any_version(const Operator *operator) { return 1; }
 static int last_version(const Operator *operator) { return INT32_MAX; }
@@ -492,22 +551,23 @@ static Status *create(const Operator *operator, Api api, const void *info, void 
     return status(api, "AddLora: its attribute `projection` is missing or too long");
   Kernel *kernel = malloc(sizeof(Kernel));
   if (!kernel) return status(api, "AddLora: out of memory");
-  *kernel = (Kernel){api, operator->provider == gpu_provider, place_of(name, 1)};
+  Kind kind = operator->name == gpu_name ? ON_GPU : operator->name == exact_name ? EXACT : HALF;
+  *kernel = (Kernel){api, kind, place_of(name, &kind)};
   *made = kernel;
   if (kernel->place >= 0) return 0;
   free(kernel);
   return status(api, "AddLora: too many projections");
 }
 
-#define OPERATOR(kind)                                                                                          \
-  {                                                                                                            \
-    .version = API_VERSION, .name = kind##_name, .provider = kind##_provider, .input_type = kind##_type,       \
-    .input_count = three, .output_type = kind##_type, .output_count = one, .destroy = destroy,                 \
-    .input_kind = required, .output_kind = required, .input_memory = memory, .create = create,                 \
-    .compute = compute, .first_version = any_version, .last_version = last_version, .in_place = in_place,      \
-    .release_in_place = release                                                                                \
+#define OPERATOR(kind, device)                                                                              \
+  {                                                                                                         \
+    .version = API_VERSION, .name = kind##_name, .provider = device##_provider, .input_type = device##_type, \
+    .input_count = three, .output_type = device##_output, .output_count = device##_outputs, .destroy = destroy,            \
+    .input_kind = required, .output_kind = required, .input_memory = memory, .create = create,              \
+    .compute = compute, .first_version = any_version, .last_version = last_version, .in_place = in_place,   \
+    .release_in_place = release                                                                             \
   }
-static const Operator on_cpu = OPERATOR(cpu), on_gpu = OPERATOR(gpu);
+static const Operator half = OPERATOR(half, cpu), exact = OPERATOR(exact, cpu), on_gpu = OPERATOR(gpu, gpu);
 
 /* What ONNX Runtime calls when the library is named in a session's options. */
 Status *RegisterCustomOps(void *options, const Api *base) {
@@ -516,7 +576,8 @@ Status *RegisterCustomOps(void *options, const Api *base) {
   void *domain = 0;
   Status *wrong = ((Status * (*)(const char *, void **)) api[CREATE_DOMAIN])("olive_lab", &domain);
   Status *(*add)(void *, const Operator *) = (Status * (*)(void *, const Operator *)) api[ADD_TO_DOMAIN];
-  if (!wrong) wrong = add(domain, &on_cpu);
+  if (!wrong) wrong = add(domain, &half);
+  if (!wrong) wrong = add(domain, &exact);
   if (!wrong && gpu.context) wrong = add(domain, &on_gpu);
   return wrong ? wrong : ((Status * (*)(void *, void *)) api[ADD_DOMAIN])(options, domain);
 }

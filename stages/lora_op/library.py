@@ -50,7 +50,7 @@ class Operator:
             ("adapter_add", c_int64, [c_int]),
             ("adapter_site", c_char_p, [c_int64, c_char_p, *[c_int64] * 3, *[c_void_p] * 2]),
             ("adapter_remove", None, [c_int64]),
-            ("projection", c_char_p, [c_int, c_void_p]),
+            ("projection", c_char_p, [c_int, c_void_p, c_void_p]),
             ("gpu_open", c_char_p, [c_char_p]),
         ):
             function = getattr(library, name)
@@ -59,9 +59,12 @@ class Operator:
         if on_gpu and (wrong := library.gpu_open(compiled_kernels())):
             raise Unavailable(wrong.decode())
 
-    def add(self, tensors: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> int:
-        """Keep A, [in, rank], and B, [rank, out], by the projection's name; return the adapter's number."""
-        number = self._library.adapter_add(self.on_gpu)
+    def add(self, tensors: Mapping[str, tuple[np.ndarray, np.ndarray]], kind: int) -> int:
+        """Keep A, [in, rank], and B, [rank, out], by the projection's name; return the adapter's number.
+
+        `kind` is that of the kernels that will read them. Raises `ValueError` for what they cannot.
+        """
+        number = self._library.adapter_add(kind)
         for name, pair in tensors.items():
             a, b = for_gpu(*pair) if self.on_gpu else for_cpu(*pair)
             sizes = a.shape[0], b.shape[1], a.shape[1]
@@ -75,12 +78,12 @@ class Operator:
         """Forget an adapter, with which nothing may run any more."""
         self._library.adapter_remove(number)
 
-    def kernels(self) -> dict[str, int]:
-        """Return for how many kernels of all graphs each projection was named so far."""
-        found: dict[str, int] = {}
-        count = c_int64()
-        while name := self._library.projection(len(found), ctypes.byref(count)):
-            found[name.decode()] = count.value
+    def kernels(self) -> dict[str, tuple[int, int]]:
+        """Return how many kernels all graphs have made for each projection so far, and the last one's kind."""
+        found: dict[str, tuple[int, int]] = {}
+        count, kind = c_int64(), c_int()
+        while name := self._library.projection(len(found), ctypes.byref(count), ctypes.byref(kind)):
+            found[name.decode()] = count.value, kind.value
         return found
 
 
