@@ -106,6 +106,16 @@ def gpu() -> str:
     return "; ".join(done.stdout.strip().splitlines()) + (f"; stages use {used}" if used else "")
 
 
+def adapters() -> str:
+    """Say how adapters will act: by our operator, or in the runtime's own way, which is slower."""
+    from stages.lora_op.library import why_not
+
+    reason = why_not(on_gpu=bool(installed("onnxruntime-gpu") and visible_gpus()))
+    if reason:
+        return f"in ONNX Runtime's own way, which is slower, as {reason}"
+    return "by an operator that is compiled for this machine"
+
+
 def folder() -> str:
     """Name the folder: where its path is beyond ASCII, DVC cannot run experiments beside the workspace."""
     here = str(Path.cwd())
@@ -229,6 +239,7 @@ HERE: dict[str, Callable[[], str]] = {
     "versions": versions,
     "cpu": cpu,
     "gpu": gpu,
+    "adapters": adapters,
     "folder": folder,
     "disk": disk,
     "links": links,

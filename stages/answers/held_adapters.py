@@ -10,6 +10,7 @@ them as inputs of lora.onnx, and a GPU as weights beside those that its models s
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Hashable
 from functools import cache
@@ -23,7 +24,7 @@ from stages.adapters.tensors import in_pairs, read_tensors
 from stages.answers.runtime import GRAPH, og, open_model
 from stages.core.errors import UserError
 from stages.lora_op import NUMBER
-from stages.lora_op.library import Operator, open_operator
+from stages.lora_op.library import Operator, open_operator, why_not
 
 if TYPE_CHECKING:
     from stages.answers.gpu_weights import Entry
@@ -48,7 +49,11 @@ class Held(Protocol):
 def hold_adapters(folder: Path, files: dict[str, Path], on_gpu: bool) -> Held:
     """Open a folder's model with adapters in the fastest way that this machine has."""
     held: Held
-    operator = open_operator(on_gpu) if files and (folder / OPERATOR_GRAPH).is_file() else None
+    operator = None
+    if files and (folder / OPERATOR_GRAPH).is_file():
+        operator = open_operator(on_gpu)
+        if operator is None:
+            say_once(f"adapters run in ONNX Runtime's own way, which is slower: {why_not(on_gpu)}")
     if operator is not None:
         held = ByOperator(folder, operator)
     elif on_gpu:
@@ -58,6 +63,12 @@ def hold_adapters(folder: Path, files: dict[str, Path], on_gpu: bool) -> Held:
     for name, file in files.items():
         held.add(name, file)
     return held
+
+
+@cache
+def say_once(remark: str) -> None:
+    """Print a line on stderr, at its first call."""
+    print(remark, file=sys.stderr)
 
 
 class ByOperator:

@@ -79,7 +79,7 @@ class Operator:
         self._library.adapter_remove(number)
 
     def kernels(self) -> dict[str, tuple[int, int]]:
-        """Return how many kernels all graphs have made for each projection so far, and the last one's kind."""
+        """Return how many kernels graphs have made for each projection so far, and the last one's kind."""
         found: dict[str, tuple[int, int]] = {}
         count, kind = c_int64(), c_int()
         while name := self._library.projection(len(found), ctypes.byref(count), ctypes.byref(kind)):
@@ -118,7 +118,7 @@ def why_not(on_gpu: bool) -> str:
 @cache
 def _opened(on_gpu: bool) -> Operator:
     if sys.platform != "linux":
-        raise Unavailable(f"it is written for Linux, and this is {sys.platform}")
+        raise Unavailable("the operator is written for Linux")
     return Operator(compiled(), on_gpu)
 
 
