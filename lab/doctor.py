@@ -103,7 +103,8 @@ def gpu() -> str:
             f"torch cannot use {done.stdout.strip()}: rm -rf .venv, make setup EXTRA=cuda"
         )
     used = choice(visible_gpus())
-    return "; ".join(done.stdout.strip().splitlines()) + (f"; stages use {used}" if used else "")
+    remark = f"; finetune uses all that are free, other stages {used}" if used else ""
+    return "; ".join(done.stdout.strip().splitlines()) + remark
 
 
 def adapters() -> str:

@@ -95,6 +95,13 @@ MISTAKES = {
     "a text for a number": ("finetune.max_steps", "ten", "finetune.max_steps is 'ten': must be a"),
     "a number for a switch": ("quantize.symmetric", 1, "quantize.symmetric is 1: must be a"),
     "rank 0": ("finetune.rank", 0, "finetune.rank is 0: must be greater than 0"),
+    "half a process": ("finetune.processes", 1.5, "finetune.processes is 1.5: must be"),
+    "no process": ("finetune.processes", 0, "finetune.processes is 0: must be greater than 0"),
+    "more processes than rows": (
+        "finetune.processes",
+        9,
+        "must be auto or at most finetune.batch_size, 8",
+    ),
     "no steps": ("finetune.max_steps", -1, "finetune.max_steps is -1: must be greater than 0"),
     "five bits": ("quantize.bits", 5, "quantize.bits is 5: must be 4 or 8"),
     "an odd group size": (

@@ -5,6 +5,7 @@ been trained on it for hours. Where one was meant, put the printed curve into GO
 """
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import set_seed
 from stages.core.settings import Finetune
 from stages.text.chats import load_tokenizer
 from stages.training import trainer
+from stages.training.compiled import compile_layers
 from stages.training.rows import load_rows, order_rows
 from support.tiny_models import FAMILIES, checkpoint
 
@@ -33,6 +35,9 @@ OPTIONS = Finetune(
     eval_steps=5,
     validation_rows=4,
     base="dequantized",
+    compile=False,
+    processes="auto",
+    shard=False,
     gradient_checkpointing=False,
     seed=0,
 )
@@ -56,26 +61,51 @@ def rows(first: int, last: int) -> str:
 
 
 @pytest.fixture
-def trained_curve(tmp_path, monkeypatch):
-    """Train a tiny 4-bit model in float32 on the CPU, whatever this machine has; return its losses."""
+def curve_with(tmp_path, monkeypatch):
+    """Return a function that trains a tiny 4-bit model in float32 on the CPU and returns its losses."""
+    return partial(curve, tmp_path, monkeypatch)
+
+
+def curve(tmp_path, monkeypatch, **changed):
+    options = OPTIONS.model_copy(update=changed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(trainer, "fast_dtype", lambda: torch.float32)
     for name, numbers in {"train": (0, 40), "validation": (40, 44), "test": (44, 46)}.items():
         (tmp_path / f"{name}.jsonl").write_text(rows(*numbers), encoding="utf-8")
     folder, checkpoints = checkpoint(tmp_path / "made", FAMILIES["tied"]), tmp_path / "checkpoints"
-    set_seed(OPTIONS.seed)
+    set_seed(options.seed)
     tokenizer = load_tokenizer(folder)
-    training, validation = load_rows(tokenizer, tmp_path, OPTIONS)
-    base, ordered = trainer.load_base(folder, OPTIONS), order_rows(training, OPTIONS)
-    made = trainer.make_trainer(base, tokenizer, ordered, validation, OPTIONS, checkpoints)
+    training, validation = load_rows(tokenizer, tmp_path, options)
+    base, ordered = trainer.load_base(folder, options), order_rows(training, options)
+    made = trainer.make_trainer(base, tokenizer, ordered, validation, options, checkpoints)
     trainer.train(made, checkpoints)
-    return trainer.loss_curve(made)
+    losses = trainer.loss_curve(made).items()
+    return {split: {point["step"]: point["loss"] for point in points} for split, points in losses}
 
 
-def test_the_losses_are_those_of_the_golden_curve(trained_curve):
-    found = {
-        split: {point["step"]: point["loss"] for point in points}
-        for split, points in trained_curve.items()
-    }
+def golden(found) -> bool:
+    return found == {split: pytest.approx(curve, rel=TOLERANCE) for split, curve in GOLDEN.items()}
+
+
+def test_the_losses_are_those_of_the_golden_curve(curve_with):
+    found = curve_with()
     print(found)
-    assert found == {split: pytest.approx(curve, rel=TOLERANCE) for split, curve in GOLDEN.items()}
+    assert golden(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"base": "packed", "gradient_checkpointing": True}])
+def test_compiled_layers_learn_the_same_and_rows_of_other_lengths_compile_nothing_again(
+    curve_with, monkeypatch, settings
+):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    traced = partial(compile_layers, backend="aot_eager")  # the C++ compiler takes a minute
+    monkeypatch.setattr(trainer, "compile_layers", traced)
+    found = curve_with(compile=True, **settings)
+    print(found, torch._dynamo.utils.counters)
+    assert golden(found)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 0
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= 6, "every step compiles its layers again"

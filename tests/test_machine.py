@@ -21,7 +21,8 @@ def visible(monkeypatch):
         monkeypatch.setattr(
             machine.Path, "glob", lambda *_: [machine.Path("/dev", n) for n in names]
         )
-        said = machine.use_one_gpu()
+        monkeypatch.setattr(machine.gpu_locks, "known_gpus", list)  # a real one is not locked
+        said = machine.use_one_gpu(alone=True)
         return machine.os.environ[machine.VISIBLE], said
 
     return choose

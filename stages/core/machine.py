@@ -1,6 +1,6 @@
 """The machine that a stage runs on: its name, for the metrics, and which of its GPUs is used.
 
-    GPU = use_one_gpu()  # before anything imports torch: "GPU 0, the first of 2", "" without a choice
+    use_one_gpu()        # before anything imports torch: "GPU 0, the first of 2", "" without a choice
     machine()            # "AMD EPYC 9R14, 2 cores" or "..., 16 cores, NVIDIA H100 80GB HBM3"
 
 Importing this imports no torch.
@@ -14,20 +14,27 @@ import re
 import sys
 from pathlib import Path
 
+from stages.core import gpu_locks
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def use_one_gpu() -> str:
+def use_one_gpu(alone: bool = False) -> str:
     """Let CUDA see the first visible GPU only; return what `choice` says of it.
+
+    `alone`: the first that no other stage uses, which is kept from them until this process ends.
 
     With several in sight, transformers' Trainer would wrap the model in DataParallel, which TRL refuses.
     CUDA reads the variable at the first call of any library, so this comes before the imports. A value
     that names no GPU (empty, -1) means the CPU, and stays.
     """
     gpus = visible_gpus()
+    used = gpus[0] if gpus else "0"
+    if alone and gpus and used != "-1":
+        used = gpu_locks.take(gpus, 1, 1)[0]
     if VISIBLE not in os.environ or len(gpus) > 1:
-        os.environ[VISIBLE] = gpus[0] if gpus else "0"
-    return choice(gpus)
+        os.environ[VISIBLE] = used
+    return choice(gpus, used)
 
 
 def visible_gpus() -> list[str]:
@@ -40,16 +47,20 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(len(files))]
 
 
-def choice(gpus: list[str]) -> str:
+def choice(gpus: list[str], used: str | None = None) -> str:
     """Say which of several GPUs is used; nothing where there is no choice."""
     if len(gpus) < 2:
         return ""
+    if used not in (None, gpus[0]):
+        return f"GPU {used}, the first of {len(gpus)} that was free ({VISIBLE} chooses another)"
     return f"GPU {gpus[0]}, the first of {len(gpus)} ({VISIBLE} chooses another)"
 
 
-def machine() -> str:
-    """Name the processor, the cores that this process may use, and the GPU if it has used one."""
+def machine(gpus: list[str] | None = None) -> str:
+    """Name the processor, the cores that this process may use, and the GPU that it or its ranks used."""
     parts = [processor(), f"{usable_cores()} cores"]
+    if gpus:
+        return ", ".join([*parts, gpus[0] if len(gpus) == 1 else f"{len(gpus)} x {gpus[0]}"])
     if used_gpu():
         parts.append(sys.modules["torch"].cuda.get_device_name())
     return ", ".join(parts)

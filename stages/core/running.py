@@ -19,13 +19,14 @@ import resource
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.core import process
+from stages.core import process, ranks
 from stages.core.errors import UserError
 from stages.core.files import (
     write_json,
@@ -58,7 +59,8 @@ def run(stage: Callable[[Settings], str], cost_file: Path | None = None) -> None
         settings = load_current()
         made = stage(settings)
         seconds = time.monotonic() - process.STARTED  # the imports are part of it
-        cost = {"seconds": round(seconds, 1), **peak_memory(), "machine": machine()}
+        gpus = [report["gpu"] for report in ranks.reports if report["gpu"]]
+        cost = {"seconds": round(seconds, 1), **largest_memory(), "machine": machine(gpus)}
         if cost_file is not None:
             write_json(cost_file, cost)
         took = f"in {cost['seconds']} s, peak memory {cost['peak_memory_gib']} GiB"
@@ -66,19 +68,46 @@ def run(stage: Callable[[Settings], str], cost_file: Path | None = None) -> None
         print(f"{name}: {made} {took}{chosen}")
 
 
+def run_as_rank(stage: Callable[[Settings], None]) -> None:
+    """Do a rank's part of a stage, and report to the stage what it cost or why it failed."""
+    from stages.core.settings import load_current
+
+    here = ranks.place()
+    assert here is not None  # noqa: S101  # who calls this has asked
+    be_quiet()
+    code = 0
+    try:
+        stage(load_current())
+        name = sys.modules["torch"].cuda.get_device_name() if used_gpu() else ""
+        report = peak_memory() | {"gpu": name}
+    except BaseException as error:  # noqa: BLE001  # the stage says what it was
+        report = {"time": time.time(), "line": line_of(error), "traceback": traceback.format_exc()}
+        code = 1
+    write_json(here.folder / f"{here.rank}.json", report)
+    sys.stdout.flush()
+    os._exit(code)  # what a library would tidy up may wait for a rank that is gone
+
+
 @contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
     """Turn errors that a user can fix into one line and exit code 1; a bug still shows its traceback."""
     try:
         yield
-    except UserError as error:
-        sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted")
-    except Exception as error:
-        if reason := what_ran_out(error) or what_is_forbidden(error):
-            sys.exit(f"{name}: {reason}")
+    except (Exception, KeyboardInterrupt) as error:
+        if line := line_of(error):
+            sys.exit(f"{name}: {line}")
         raise
+
+
+def line_of(error: BaseException) -> str | None:
+    """Return what a user reads of an error; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if not isinstance(error, Exception):
+        return None
+    return what_ran_out(error) or what_is_forbidden(error)
 
 
 def what_ran_out(error: Exception) -> str | None:
@@ -118,6 +147,14 @@ def quietly() -> Iterator[None]:
             said.seek(0)
             sys.stderr.write(said.read())
             raise
+
+
+def largest_memory() -> dict[str, float]:
+    """Return `peak_memory` of this process or of that rank of it which took most."""
+    all_of_them = [peak_memory(), *ranks.reports]
+    names = ("peak_memory_gib", "peak_gpu_memory_gib")
+    found = {name: [each[name] for each in all_of_them if name in each] for name in names}
+    return {name: max(values) for name, values in found.items() if values}
 
 
 def peak_memory() -> dict[str, float]:

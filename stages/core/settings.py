@@ -187,8 +187,28 @@ class Finetune(Section):
     eval_steps: Positive
     validation_rows: Positive
     base: Literal["dequantized", "packed"]
+    processes: Literal["auto"] | Positive
+    shard: bool
     gradient_checkpointing: bool
+    compile: bool
     seed: Seed
+
+    @model_validator(mode="after")
+    def has_a_row_for_every_process(self) -> Finetune:
+        """Refuse more processes than a step has rows."""
+        if self.processes != "auto" and self.processes > self.batch_size:
+            raise ValueError(
+                f"finetune.processes is {self.processes}: must be auto or at most finetune.batch_size, "
+                f"{self.batch_size}, of whose rows each process takes some"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def compiles_whole_layers(self) -> Finetune:
+        """Refuse compiled code for layers whose weights come and go."""
+        if self.compile and self.shard:
+            raise ValueError("finetune.compile must be false with finetune.shard=true")
+        return self
 
 
 class Optimize(Section):
@@ -292,12 +312,16 @@ def validate(values: Any) -> Settings:
         raise UserError("; ".join(map(_describe, error.errors()[:3]))) from None
 
 
+# what pydantic puts behind the key of a value that may be of two types
+MEMBERS = ("literal['all-linear']", "list[str]", "literal['auto']", "constrained-int")
+
+
 def _describe(error: Mapping[str, Any]) -> str:
     """Say one of pydantic's errors as a user would: key, value, what is allowed."""
     where = [str(part) for part in error["loc"]]
     if where[:2] == ["model", "source"]:  # pydantic puts the kind of source between the keys
         del where[2:3]
-    key = ".".join(part for part in where if part not in ("literal['all-linear']", "list[str]"))
+    key = ".".join(part for part in where if part not in MEMBERS)
     if error["type"] == "extra_forbidden":
         return f"{key} is not a known key (see conf/{key.split('.')[0]}/)"
     if error["type"] == "missing":

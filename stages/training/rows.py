@@ -6,7 +6,6 @@ train = order_rows(train, settings.finetune)
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from stages.core.settings import Finetune
 from stages.text.chat_encoder import NOT_LEARNED
 from stages.text.chats import check_rows, training_tokens, writes_the_date
 from stages.text.conversation import Conversation, read_conversations
+from stages.training import together
 
 NAMED = 20  # rows that a warning names; the others are counted
 
@@ -34,7 +34,7 @@ def load_rows(
     train, validation, test = (read_conversations(prepared / f"{name}.jsonl") for name in names)
     changed = check_rows(tokenizer, [*train, *validation, *test])
     warn("rows with an answer that the chat template shows changed, cut or not at all", changed)
-    if writes_the_date(tokenizer):
+    if writes_the_date(tokenizer) and together.rank() == 0:
         print("finetune: the chat template writes today's date: 26 July 2024 in every row and chat")
     validation = validation[:: max(1, len(validation) // options.validation_rows)]
     return (
@@ -74,7 +74,7 @@ def truncate_rows(
 
 def warn(what: str, sources: list[str]) -> None:
     """Print how many rows something happened to, and which."""
-    if sources and int(os.environ.get("RANK", "0")) == 0:
+    if sources and together.rank() == 0:
         print(f"finetune: {what}: {len(sources)} ({named(sources)})", flush=True)
 
 

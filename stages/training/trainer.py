@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,18 @@ from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from stages.core.errors import UserError
 from stages.core.running import peak_memory
 from stages.core.settings import Finetune
 from stages.text.chat_encoder import NOT_LEARNED
-from stages.training import checkpoints
+from stages.training import checkpoints, together
+from stages.training.compiled import compile_layers
 from stages.training.lora_product import fuse_products
 from stages.training.packed_attention import PACKED, boundaries
+from stages.training.sharded import load_sharded
 from stages.training.shared_prefix import share_prefix
 from stages.weights.checkpoint import load_dequantized, load_packed
 from stages.weights.hardware import device, fast_dtype
@@ -42,8 +48,11 @@ class NotFinite(UserError):
 
 def load_base(folder: Path, options: Finetune) -> torch.nn.Module:
     """Return the frozen base in the fast dtype: dequantized, or packed to save memory."""
-    load = load_packed if options.base == "packed" else load_dequantized
-    model = load(folder, fast_dtype())
+    if options.shard and together.count() > 1:
+        model = load_sharded(folder, options, fast_dtype())
+    else:
+        load = load_packed if options.base == "packed" else load_dequantized
+        model = load(folder, fast_dtype())
     check_targets(model, options)
     if device() == "cuda":
         model.set_attn_implementation(PACKED)
@@ -59,7 +68,7 @@ def train(trainer: AnswerTrainer, folder: Path) -> None:
     Raises `NotFinite` for a run that diverged. Its checkpoints go too: the next run would resume from one.
     """
     checkpoint = checkpoints.last_complete(folder)
-    if checkpoint:
+    if checkpoint and together.rank() == 0:
         print(f"finetune: resumes from step {checkpoint.rpartition('-')[2]}", flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -77,6 +86,27 @@ class StopsWhenNotFinite(TrainerCallback):
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(float((logs or {}).get(name, 0.0))):
                 raise NotFinite(f"{name} is not finite at step {state.global_step}: {LOWER}")
+
+
+class Pace(TrainerCallback):
+    """Keeps when the training loss was logged, which waits for the GPU; between two, only steps take time."""
+
+    def __init__(self):
+        self.logged: list[tuple[int, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Keep the step and the time."""
+        if "loss" in (logs or {}):
+            self.logged.append((state.global_step, time.perf_counter()))
+
+    def seconds_a_step(self) -> float | None:
+        """Return the median over the pieces between two logs: without start, checkpoints and validation."""
+        pieces = [
+            (later - sooner) / (last - first)
+            for (first, sooner), (last, later) in pairwise(self.logged)
+            if last > first
+        ]
+        return statistics.median(pieces) if pieces else None
 
 
 def refuse_not_finite(model: torch.nn.Module) -> None:
@@ -115,6 +145,35 @@ class AnswerTrainer(SFTTrainer):
 
     tokens_seen = 0
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Run both passes on this rank's rows; return the loss of the step, and leave its gradients."""
+        if together.count() > 1:  # dropout: a resumed run has to draw what an undisturbed one does
+            torch.manual_seed(hash((self.args.seed, self.state.global_step, together.rank())))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return together.summed(loss, trainable(model))
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Return the answers' tokens in the step's rows of all ranks."""
+        return together.total(super()._get_num_items_in_batch(batch_samples, device))
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """Return the mean loss of the batches by their rows; the ranks take them in turns."""
+        if together.count() == 1:
+            prefix = {"metric_key_prefix": metric_key_prefix}
+            return super().evaluation_loop(dataloader, description, *args, **prefix, **kwargs)
+        self.model.eval()
+        batches, rows = list(dataloader), len(dataloader.dataset)
+        loss = 0.0
+        for start in range(0, len(batches), together.count()):
+            mine = start + together.rank()
+            # a sharded base needs all ranks for a forward pass
+            batch = self._prepare_inputs(batches[min(mine, len(batches) - 1)])
+            weight = int((batch["position_ids"] == 0).sum()) if mine < len(batches) else 0
+            with torch.no_grad():
+                loss += weight * self.compute_loss(self.model, batch).item()
+        metrics = {f"{metric_key_prefix}_loss": together.total(loss).item() / rows}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross entropy of the answers' tokens in one packed row, [1, tokens]."""
         self.tokens_seen += inputs["labels"].numel() if model.training else 0
@@ -141,15 +200,24 @@ def make_trainer(
     checkpoints: Path,
 ) -> AnswerTrainer:
     """Put model, data and settings into TRL's trainer."""
-    return AnswerTrainer(
+    trainer = AnswerTrainer(
         model=model,
         processing_class=tokenizer,
         args=training_arguments(options, checkpoints),
-        train_dataset=train,
+        train_dataset=together.my_rows(train, options.batch_size),
         eval_dataset=validation,
         peft_config=lora_config(options, model),
-        callbacks=[StopsWhenNotFinite()],
+        callbacks=[StopsWhenNotFinite(), Pace()],
     )
+    if options.compile:
+        compile_layers(trainer.model)
+    together.start_alike(trainable(trainer.model))
+    return trainer
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the adapter's parameters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def lora_config(options: Finetune, model: torch.nn.Module) -> LoraConfig:
@@ -175,11 +243,12 @@ def lora_config(options: Finetune, model: torch.nn.Module) -> LoraConfig:
 
 def training_arguments(options: Finetune, checkpoints: Path) -> SFTConfig:
     """Translate conf/finetune into TRL's arguments; nothing is uploaded or logged elsewhere."""
+    first = together.rank() == 0  # it alone writes checkpoints and shows how far the training is
     return SFTConfig(
         output_dir=str(checkpoints),
         use_cpu=device() == "cpu",
         max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=len(together.my_share(options.batch_size)),
         per_device_eval_batch_size=options.batch_size,
         max_length=None,  # `truncate_rows` has cut the rows
         learning_rate=options.lr,
@@ -190,7 +259,8 @@ def training_arguments(options: Finetune, checkpoints: Path) -> SFTConfig:
         eval_steps=options.eval_steps,
         logging_steps=5,
         logging_nan_inf_filter=False,  # it would report the loss before as this one's
-        save_strategy="steps",
+        save_strategy="steps" if first else "no",
+        disable_tqdm=not first,
         save_steps=options.eval_steps,
         save_total_limit=1,
         report_to=[],
@@ -225,8 +295,17 @@ def loss_curve(trainer: AnswerTrainer) -> dict[str, Any]:
 
 
 def training_cost(trainer: AnswerTrainer) -> dict[str, float]:
-    """Return the seconds of the training loop, its tokens per second and the GPU memory that it took."""
+    """Return the loop's seconds, a step's, all ranks' tokens per second, and the most memory that one took.
+
+    A collective operation: every rank has to call it.
+    """
     seconds = next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e)
-    tokens = trainer.tokens_seen
+    tokens = int(together.total(trainer.tokens_seen))
     cost = {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds)}
-    return cost | peak_memory()
+    pace = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Pace))
+    if seconds_a_step := pace.seconds_a_step():
+        cost["step_seconds"] = round(seconds_a_step, 4)
+    most = {
+        name: float(together.total(each, greatest=True)) for name, each in peak_memory().items()
+    }
+    return cost | most
