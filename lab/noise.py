@@ -11,6 +11,7 @@ spread of every metric goes to metrics/noise.json, by which `lab review` knows w
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 import networkx
 import typer
 from dvc.repo import Repo
+from dvc.stage import Stage
 
 from lab import run
 from lab.azureml.sweep import watches
@@ -43,7 +45,7 @@ def noise(
     need_commit()
     if not Path("dvc.yaml").is_file():
         raise UserError("no dvc.yaml here: run it in the repository's root")
-    check_ready()
+    check_ready({SEED})
     head = Revision("HEAD")
     runs = finished(head)
     numbers = (seed for seed in count(head.params[SEED] + 1) if seed not in runs)
@@ -59,8 +61,8 @@ def noise(
     print("\n".join(table(found)))
 
 
-def check_ready() -> None:
-    """Raise `UserError` for what would make the seeds measure something else than this commit."""
+def check_ready(keys: Collection[str]) -> None:
+    """Raise `UserError` for what would make runs with other settings differ from this commit in more."""
     dirty = git_output("status", "--porcelain", "--untracked-files=no", "--", f":!{NOISE}")
     if dirty:
         changed = ", ".join(line[2:].strip() for line in dirty.splitlines()[:3])
@@ -69,34 +71,42 @@ def check_ready() -> None:
         )
     if flat(values_of(compose())) != flat(values_of(text_of(PARAMS))):
         raise UserError(
-            f"{PARAMS} is not what conf/ composes to, and each seed composes anew: put its values "
+            f"{PARAMS} is not what conf/ composes to, and each run composes anew: put its values "
             "into conf/, as `lab promote` does, and commit"
         )
     if stale := out_of_date():
         raise UserError(
             f"dvc.lock is out of date ({', '.join(each.stage for each in stale)}): `dvc repro`, then commit"
         )
-    if missing := not_in_cache():
+    if missing := not_in_cache(keys):
         raise UserError(
             f"{missing[0]} is not in DVC's cache: run `dvc repro`, or `dvc pull`, first, "
-            "lest every seed makes it again"
+            "lest every run makes it again"
         )
 
 
-def not_in_cache() -> list[str]:
-    """Return the results that all seeds share, and that DVC's cache does not have."""
+def not_in_cache(keys: Collection[str]) -> list[str]:
+    """Return the results that do not depend on some settings, and that DVC's cache does not have."""
     with Repo() as repo:
-        again = reruns(repo)
+        again = reruns(repo, keys)
         kept = [out for stage in repo.index.stages if stage.name not in again for out in stage.outs]
         return [str(out) for out in kept if out.use_cache and out.changed_cache()]
 
 
-def reruns(repo: Repo) -> set[str]:
-    """Return the stages that another seed of the training runs again."""
-    first = [stage for stage in repo.index.stages if watches(stage, SEED)]
+def reruns(repo: Repo, keys: Collection[str]) -> set[str]:
+    """Return the stages that other values of some settings, or options of groups, run again."""
+    first = [
+        s for s in repo.index.stages if any(watches(s, key) or concerns(s, key) for key in keys)
+    ]
     # DVC's graph points from a stage to what it needs
     after = [later for stage in first for later in networkx.ancestors(repo.index.graph, stage)]
     return {stage.name for stage in [*first, *after]}
+
+
+def concerns(stage: Stage, group: str) -> bool:
+    """Say whether a stage has a setting of a group of conf/ as an input."""
+    watched = [name for dep in stage.params for name in getattr(dep, "params", [])]
+    return any(name.startswith(f"{group}.") for name in watched)
 
 
 def finished(head: Revision) -> dict[int, Revision]:

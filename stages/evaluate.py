@@ -1,4 +1,4 @@
-"""Measure the ONNX model with and without its adapter on the test split.
+"""Measure the ONNX model with and without its adapter on the test split, or on the validation split.
 
     python -m stages.evaluate        # conf/evaluate says what
 
@@ -31,7 +31,7 @@ from stages.text.conversation import Conversation, read_conversations
 
 ONNX = Path("models/onnx")
 ADAPTER_FILE = Path("models/onnx_adapter/adapter.onnx_adapter")
-TEST = Path("data/prepared/test.jsonl")
+PREPARED = Path("data/prepared")
 RAW = Path("metrics/raw/evaluate.json")
 PREDICTIONS = Path("metrics/raw/predictions.jsonl")
 SPEED = Path("metrics/speed/decode.json")
@@ -44,7 +44,7 @@ ADAPTER = "adapter"
 def evaluate(settings: Settings) -> str:
     """Time it, let it answer, compare with PyTorch, score, save."""
     options = settings.evaluate
-    tokenizer, rows = load_tokenizer(ONNX), read_conversations(TEST)
+    tokenizer, rows = load_tokenizer(ONNX), read_conversations(PREPARED / f"{options.split}.jsonl")
     prompts = [tokenize(tokenizer, row) for row in sample(rows, options)]
     write_json(SPEED, speed(prompts, options))
 

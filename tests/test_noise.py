@@ -47,7 +47,7 @@ def repository(tmp_path, monkeypatch) -> Project:
     write_results(project.root, 42)
     project.commit()
     monkeypatch.chdir(project.root)
-    monkeypatch.setattr(noise, "check_ready", lambda: None)
+    monkeypatch.setattr(noise, "check_ready", lambda keys: None)
     return project
 
 
@@ -165,9 +165,9 @@ def test_what_would_measure_something_else_is_refused(
     monkeypatch.setattr(noise, "compose", lambda: composed or Path("params.yaml").read_text())
     late = [OutOfDate(name, [], []) for name in stale]
     monkeypatch.setattr(noise, "out_of_date", lambda: late)
-    monkeypatch.setattr(noise, "not_in_cache", lambda: missing)
+    monkeypatch.setattr(noise, "not_in_cache", lambda keys: missing)
     with pytest.raises(UserError, match=reason):
-        noise.check_ready()
+        noise.check_ready({"finetune.seed"})
 
 
 def test_outside_a_pipeline_there_is_one_line(repository):

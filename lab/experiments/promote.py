@@ -50,6 +50,7 @@ def promote(
     found = find(experiment)
     refuse_to_overwrite(found)
     refuse_without_results(found)
+    refuse_trial(found)
     with tempfile.TemporaryDirectory() as scratch:
         conf = Path(shutil.copytree(params.CONF, Path(scratch, "conf")))
         changes = write_into(conf, parameters(found), found.name)
@@ -110,6 +111,16 @@ def refuse_without_results(experiment: Experiment) -> None:
         raise UserError(
             f"{', '.join(missing[:3])} of {experiment.name} are not in this clone's cache: "
             f"`lab dvc exp pull {remote} {experiment.name}` brings them, or run it again"
+        )
+
+
+def refuse_trial(experiment: Experiment) -> None:
+    """Raise for a trial of a search: its figures are of the prompts that it was chosen by."""
+    values = parameters(experiment)
+    if values.get("evaluate", {}).get("split") == "validation":
+        raise UserError(
+            f"{experiment.name} was asked the validation prompts, as a trial of `lab search` is: run it on "
+            "the test prompts, -S evaluate.split=test, and promote that experiment"
         )
 
 

@@ -253,8 +253,9 @@ class Gate(Section):
 
 
 class Evaluate(Section):
-    """conf/evaluate: what is measured on the test split, and what `lab review` insists on."""
+    """conf/evaluate: what is measured, on which split, and what `lab review` insists on."""
 
+    split: Literal["test", "validation"]
     prompts: Positive
     max_new_tokens: Positive
     batch_size: Positive
