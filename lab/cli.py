@@ -40,6 +40,7 @@ COMMANDS = {  # name: where it is, and the first sentence of its help
     "cancel": ("lab.azureml.jobs:cancel", "Cancel a job."),
     "register": ("lab.registry.register:register", "Register the model and its adapter."),
     "download": ("lab.registry.download:download", "Bring a registered model to a folder."),
+    "deploy": ("lab.deploy.command:deploy", "Put a model behind OpenAI's API."),
     "remote": ("lab.remote.setup:group", "Set up the Azure Blob remote."),
 }
 # square brackets in help texts are meant, a traceback is as Python writes it

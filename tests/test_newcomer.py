@@ -197,6 +197,13 @@ ROWS = [  # a command, its exit code (None: it is ended when the words appear), 
     ("lab cancel some-job", 1, NO_WORKSPACE),
     ("lab register", 1, "models/onnx is not here"),
     ("lab download ft-for-travel", 1, NO_WORKSPACE),
+    ("lab deploy", 1, "^lab: which model"),
+    ("lab deploy ft-for-travel", 1, NO_WORKSPACE),
+    ("lab deploy ft-for-travel --status", 1, NO_WORKSPACE),
+    ("lab deploy ft-for-travel --rollback", 1, NO_WORKSPACE),
+    ("lab deploy ft-for-travel --delete", 1, NO_WORKSPACE),
+    ("lab deploy --folder server", 0, "^server is written"),
+    ("lab deploy --local", 1, "^lab: models holds no ONNX model"),
     ("lab nonsense", 2, "nonsense"),
 ]
 

@@ -64,6 +64,7 @@ class Service:
     max_tokens: int = 256  # of an answer whose request says nothing
     api_key: str | None = None
     may_load: bool = False
+    behind_gateway: bool = False  # somebody in front checks who asks, and under which name
     on_ready: Callable[[], None] = lambda: None
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
@@ -212,11 +213,13 @@ async def body_of(request: Request) -> bytes:
 class Guard:
     """Lets requests in: those with the key, or where there is none those to loopback names.
 
-    The latter because a page of another site may point its own name at 127.0.0.1 (DNS rebinding).
+    The latter because a page of another site may point its own name at 127.0.0.1 (DNS rebinding). Behind a
+    gateway, which has done all that, everybody.
     """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], service: Service):
         self.app, self.key = app, service.api_key
+        self.behind_gateway = service.behind_gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer why not."""
@@ -231,7 +234,7 @@ class Guard:
     def refusal(self, request: Request) -> ApiError | None:
         """Return why a request must not pass, if so."""
         if self.key is None:
-            if loopback(request.url.hostname or ""):
+            if self.behind_gateway or loopback(request.url.hostname or ""):
                 return None
             host = request.headers.get("host")
             return ApiError(403, f"{host} is not this machine's loopback name", "forbidden")

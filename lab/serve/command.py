@@ -54,6 +54,12 @@ def serve(
     allow_loading: Annotated[
         bool, typer.Option("--allow-loading", help="Clients may load and unload adapters.")
     ] = False,
+    behind_gateway: Annotated[
+        bool,
+        typer.Option(
+            "--behind-gateway", help="No key beyond loopback: who asks is checked in front."
+        ),
+    ] = False,
 ) -> None:
     """Serve the ONNX model to OpenAI clients. The base and each adapter are a model by name."""
     check_alternatives(adapter, no_adapter)
@@ -65,7 +71,7 @@ def serve(
     from lab.serve.engine import Engine
     from lab.serve.models import Models
 
-    if not (api_key or loopback(host)):
+    if not (api_key or behind_gateway or loopback(host)):
         raise UserError(f"--host {host} is open to others: set --api-key or LAB_API_KEY")
     with listening_socket(host, port) as listener:
         from lab.models.light_tokenizer import LightTokenizer
@@ -88,6 +94,7 @@ def serve(
             max_tokens,
             api_key or None,
             allow_loading,
+            behind_gateway=behind_gateway,
             on_ready=lambda: print(
                 f"Serving {names} at {url}; a page to ask: {url.removesuffix('v1')}. Ctrl-C ends it.",
                 flush=True,

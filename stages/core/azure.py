@@ -84,7 +84,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, ClientAuthenticationError) and status in (None, 400, 401):
         return f"not signed in to Azure: {SIGN_IN}"
     if "quota" in f"{code} {first}".lower():
-        return f"no quota: {first}; ask for more in Azure ML studio (Quota), or choose another --compute"
+        return (
+            f"no quota: {first}; ask for more in Azure ML studio (Quota), or choose another machine"
+        )
     if status == 403 and "Permission" in f"{code}{first}":
         return (
             "Azure refuses: you need the role Storage Blob Data Contributor on the storage account"

@@ -31,6 +31,7 @@ from lab.remote import azurite
 from support.project import ROOT
 
 from . import certificates, service
+from .endpoints import Endpoints
 from .machine import Machines
 from .relay import Relay
 from .service import Service
@@ -46,6 +47,7 @@ HOSTS = [
     "management.azure.com",
     "login.microsoftonline.com",
     "*.api.azureml.ms",
+    f"*.{service.REGION}.inference.ml.azure.com",
     "*.blob.core.windows.net",
 ]
 
@@ -65,6 +67,7 @@ class Cloud:
         self.machines = Machines(self, self.folder / "machines")
         self.service.new_container = self.new_container
         self.service.read_sas = self.with_sas
+        self.service.endpoints = Endpoints()
 
     @property
     def network(self) -> dict[str, str]:

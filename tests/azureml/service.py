@@ -29,7 +29,7 @@ PROVIDER = "/providers/Microsoft.MachineLearningServices"
 ROOT = f"/subscriptions/{SUBSCRIPTION}/resourceGroups/{GROUP}{PROVIDER}"
 HOME = f"{ROOT}/workspaces/{WORKSPACE}"
 
-Answer = tuple[int, Any]
+Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]  # status, body, headers
 ROUTES: list[tuple[str, re.Pattern, Callable[..., Answer]]] = []
 
 
@@ -58,6 +58,10 @@ class Service:
         self.cancel_job: Callable[[str], None] = lambda name: None
         self.new_container: Callable[[], tuple[str, str]] = lambda: ("", "")
         self.read_sas: Callable[[str], str] = lambda uri: uri
+        self.request = (
+            threading.local()
+        )  # whose `headers` are those of the request that a thread answers
+        self.endpoints: Any = None  # endpoints.Endpoints
         handler = type("Bound", (Handler,), {"service": self})
         self.server = Server(("127.0.0.1", 0), handler)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -74,6 +78,8 @@ class Service:
             state.clear()
         self.refusals.clear()
         self.denied.clear()
+        if self.endpoints:
+            self.endpoints.forget()
 
     @property
     def port(self) -> int:
@@ -100,9 +106,9 @@ class Service:
     def answer(self, method: str, path: str, query: dict, body: Any) -> Answer:
         """Return status and body for a request, and count those that are refused."""
         self.calls.append((method, path))
-        status, answer = self.choose(method, path, query, body)
-        self.denied[f"{method} {path}"] += status >= 400 and path != "/"
-        return status, answer
+        answer = self.choose(method, path, query, body)
+        self.denied[f"{method} {path}"] += answer[0] >= 400 and path != "/"
+        return answer
 
     def choose(self, method: str, path: str, query: dict, body: Any) -> Answer:
         """Find who answers a request, and let him."""
@@ -126,7 +132,13 @@ class Service:
         if method == "GET" and path.lower() in self.resources:
             return 200, self.resources[path.lower()]
         last = path.rpartition("/")[2].lower()
-        if method == "GET" and last in ("versions", "jobs", "computes", "datastores"):
+        if method == "GET" and last in (
+            "versions",
+            "jobs",
+            "computes",
+            "datastores",
+            "deployments",
+        ):
             found = self.children(path)
             if query.get("listViewType") != ["All"]:
                 found = [r for r in found if not r["properties"].get("isArchived")]
@@ -269,10 +281,12 @@ class Handler(BaseHTTPRequestHandler):
         body = parse_qs(raw) if is_form else json.loads(raw or "null")
         path = re.sub("/+", "/", unquote(url.path))
         path = path.removeprefix("/mferp/managementfrontend")
-        status, answer = self.service.answer(self.command, path, parse_qs(url.query), body)
+        self.service.request.headers = self.headers
+        status, answer, *more = self.service.answer(self.command, path, parse_qs(url.query), body)
         data = json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        for name, value in {"Content-Type": "application/json", **dict(*more)}.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
