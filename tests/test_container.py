@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -98,10 +99,12 @@ def test_it_knows_no_secret_no_machine_and_no_azure(monkeypatch, tmp_path):
 
 def test_the_image_is_pinned_slim_and_of_nobody(written):
     lines = (written / "Dockerfile").read_text().splitlines()
-    base = [line for line in lines if line.startswith("FROM ")]
-    assert base == [
-        line for line in snapshot.DOCKERFILE.read_text().splitlines() if line.startswith("FROM ")
-    ]
+    base = {line.split()[1] for line in lines if line.startswith("FROM ")}
+    assert base == {
+        line.split()[1]
+        for line in snapshot.DOCKERFILE.read_text().splitlines()
+        if line.startswith("FROM ")
+    }
     assert "USER 10001:10001" in lines
     pins = (written / "requirements.txt").read_text().splitlines()
     locked = {
@@ -115,6 +118,18 @@ def test_the_image_is_pinned_slim_and_of_nobody(written):
     names = {pin.partition("==")[0] for pin in pins}
     assert {"fastapi", "uvicorn", "onnxruntime-genai", "tokenizers"} <= names
     assert not names & {"torch", "transformers", "dvc", "azure-ai-ml", "olive-ai"}
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_the_image_compiles_the_operator_as_it_says(written, tmp_path):
+    text = (written / "Dockerfile").read_text().replace("\\\n", "")
+    (command,) = [line[4:] for line in text.splitlines() if "gcc -O3" in line]
+    source = written / "app/stages/lora_op/add_lora.c"
+    command = command.replace("/build/add_lora.c", str(source)).replace("/build", str(tmp_path))
+    subprocess.run(["sh", "-c", command], check=True)
+    named = (written / "Dockerfile").read_text().split("LORA_OP_LIBRARY=")[1].split()[0]
+    # the runtime finds it by the name that is in it
+    assert Path(named).name.encode() in (tmp_path / Path(named).name).read_bytes()
 
 
 def test_compose_publishes_on_loopback_mounts_read_only_and_needs_a_key(written):

@@ -130,7 +130,7 @@ def files_beside(name: str, tree: ast.AST) -> list[str]:
         text
         for text in texts
         if isinstance(text, str)
-        and re.fullmatch(r"[\w-]+\.(html|css|json|j2)", text)
+        and re.fullmatch(r"[\w-]+\.(html|css|json|j2|c|cu)", text)
         and (ROOT / name).with_name(text).is_file()
     ]
 

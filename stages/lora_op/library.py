@@ -45,7 +45,10 @@ class Operator:
     def __init__(self, file: Path, on_gpu: bool):
         self.name, self.on_gpu = file.name, on_gpu
         # once it is loaded, the runtime finds it by this name, wherever it lies
-        library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+        try:
+            library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise Unavailable(f"it cannot be loaded: {error}") from None
         for name, result, arguments in (
             ("adapter_add", c_int64, [c_int]),
             ("adapter_site", c_char_p, [c_int64, c_char_p, *[c_int64] * 3, *[c_void_p] * 2]),
@@ -123,10 +126,12 @@ def _opened(on_gpu: bool) -> Operator:
 
 
 def compiled() -> Path:
-    """Return the library for this processor, compiled unless it is in the cache.
+    """Return the library for this processor: what LORA_OP_LIBRARY names, or compiled unless it is cached.
 
     Raises `Unavailable` without a C compiler.
     """
+    if given := os.environ.get("LORA_OP_LIBRARY"):  # a container has no compiler
+        return Path(given)
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise Unavailable("there is no C compiler: install gcc or clang")

@@ -18,7 +18,7 @@ import torch
 from olive.common.quant.hf_utils import OliveHfQuantizationConfig
 from olive.common.quant.utils import WeightQuantizer
 from safetensors import safe_open
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig
 
@@ -59,13 +59,26 @@ def load_sharded(folder: Path, options: Finetune, dtype: torch.dtype) -> torch.n
             else:
                 tensors = dequantize_all(read(name), quantization, dtype)
             fill(layer, name, tensors, dtype)
-            fully_shard(layer, mesh=mesh)
+            shard(layer, mesh)
             del tensors
         model.model.layers = torch.nn.ModuleList(layers)
     # PEFT calls the whole model's `forward`, past the hooks: the decoder inside it is the root
     layers_own = set(model.model.layers.parameters())
     fully_shard(model.model, mesh=mesh, ignored_params=set(model.parameters()) - layers_own)
     return model.eval()
+
+
+def shard(layer: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Spread a layer over the GPUs. Raises `UserError` where PyTorch takes no integers, as 2.11 does not."""
+    try:
+        fully_shard(layer, mesh=mesh)
+    except RuntimeError as error:
+        if "floating point" not in str(error):
+            raise
+        raise UserError(
+            f"PyTorch {torch.__version__} spreads no packed weights: install the lock's version, "
+            "or set finetune.base=dequantized"
+        ) from None
 
 
 def layer_of(name: str) -> str:

@@ -29,7 +29,7 @@ from stages.core.running import peak_memory
 from stages.core.settings import Finetune
 from stages.text.chat_encoder import NOT_LEARNED
 from stages.training import checkpoints, together
-from stages.training.compiled import compile_layers
+from stages.training.compiled import NotCompiled, compile_layers
 from stages.training.lora_product import fuse_products
 from stages.training.packed_attention import PACKED, boundaries
 from stages.training.sharded import load_sharded
@@ -76,6 +76,9 @@ def train(trainer: AnswerTrainer, folder: Path) -> None:
     except NotFinite:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    except NotCompiled as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"finetune.compile=true fails here ({reason}): set it to false") from None
 
 
 class StopsWhenNotFinite(TrainerCallback):
