@@ -90,8 +90,9 @@ def measure_small(folder: Path, asked: argparse.Namespace) -> None:
             several["validation_loss_less_ones"] = round(
                 several["validation_loss"] - one["validation_loss"], 4
             )
-            name = f"{asked.model}, {rows} x {asked.tokens} tokens" + ", compiled" * compiled
-            keep_also(name, {f"{n} processes": run for n, run in runs.items()})
+            name = f"{asked.model}_{rows}_rows" + "_compiled" * compiled
+            kept = {"tokens_a_row": asked.tokens, "processes": asked.processes}
+            keep_also(name, kept | {"one": one, "several": several})
 
 
 def measure_large(folder: Path, asked: argparse.Namespace) -> None:
@@ -105,8 +106,9 @@ def measure_large(folder: Path, asked: argparse.Namespace) -> None:
     for base in ("dequantized", "packed"):
         run = finetune(folder, *settings, *sharded, f"finetune.base={base}")
         keep_also(
-            f"{asked.large} shape, sharded, {base}, {rows} x {asked.tokens} tokens",
-            {"weights": weights, f"{asked.processes} processes": run},
+            f"{asked.large}_sharded_{base}",
+            {"tokens_a_row": asked.tokens, "rows": rows, "processes": asked.processes}
+            | {"weights": weights, "several": run},
         )
 
 

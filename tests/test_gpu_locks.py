@@ -112,13 +112,15 @@ def test_training_takes_the_gpus_that_its_processes_need(
     gpu_machine, params, processes, workers, found
 ):
     gpu_machine.setattr(places, "queue_workers", lambda: workers)
-    params["finetune"]["processes"] = processes
+    params["finetune"] |= {"processes": processes, "batch_size": 16}
     assert places.places(validate(params).finetune) == found
 
 
-def test_a_step_of_one_row_takes_one_gpu(gpu_machine, params):
-    params["finetune"]["batch_size"] = 1
+def test_a_step_of_few_rows_takes_one_gpu_unless_the_base_needs_several(gpu_machine, params):
+    params["finetune"]["batch_size"] = 15
     assert places.places(validate(params).finetune) == ["0"]
+    params["finetune"]["shard"] = True
+    assert places.places(validate(params).finetune) == ["0", "1"]
 
 
 def test_more_processes_than_gpus_are_refused(gpu_machine, params):

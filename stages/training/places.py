@@ -9,19 +9,24 @@ from stages.core.errors import UserError
 from stages.core.settings import Finetune
 from stages.weights.hardware import device
 
+# Of a step, for each GPU: with two rows of 1024 tokens each, two H200 were slower than one at 3.8 billion
+# parameters (0.94), with eight rows each 1.85 times as fast (benchmarks/results/several_gpus.json).
+ROWS_THAT_PAY = 8
+
 
 def places(options: Finetune) -> list[str]:
     """Return a GPU for every process that finetune.processes asks for, "" for one on the CPU.
 
-    `auto` takes the visible GPUs that no other stage uses, at most as many as a step has rows; while DVC's
-    queue has several workers, no more than one worker's part of them. A number waits for that many. Raises
-    `UserError` for more than are visible.
+    `auto` takes the visible GPUs that no other stage uses, as many as pay or, where one does not hold the
+    base, all; while DVC's queue has several workers, no more than one worker's part of them. A number waits
+    for that many. Raises `UserError` for more than are visible.
     """
     wanted, gpus = options.processes, process.gpus
     if device() == "cpu":
         found = [""] * (1 if wanted == "auto" else wanted)
     elif wanted == "auto":
-        most = min(options.batch_size, max(1, len(gpus) // max(1, queue_workers())))
+        useful = options.batch_size // (1 if options.shard else ROWS_THAT_PAY)
+        most = max(1, min(useful, len(gpus) // max(1, queue_workers())))
         found = gpu_locks.take(gpus, 1, most) if len(gpus) > 1 else gpus[:1] or [""]
     elif wanted > max(1, len(gpus)):
         raise UserError(
