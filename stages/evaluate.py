@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from stages.answers import parity
 from stages.answers.decode_speed import measure_in_own_process
 from stages.answers.generation import OnnxModel
+from stages.core import live
 from stages.core.files import size_of, write_json, written_beside
 from stages.core.running import run
 from stages.core.settings import Evaluate, Settings
@@ -124,7 +124,7 @@ def answer_all(
     """Answer every prompt greedily, and find what the model thinks of every reference answer."""
     found: dict[int, Answer] = {}
     batches = list(of_one_length(prompts, options.batch_size))
-    for batch in tqdm(batches, desc=f"answers ({adapter or 'base'})", unit="batch"):
+    for batch in live.steps(batches, f"answers ({adapter or 'base'})", "batch"):
         tokens = [prompts[number].tokens for number in batch]
         references = [prompts[number].reference for number in batch]
         said = model.generate_many(tokens, options.max_new_tokens, adapter)

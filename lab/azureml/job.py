@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from lab import run
+from lab.azureml import curves
 from lab.git import git_output
 from stages.core.running import be_quiet, one_line_errors
 
@@ -23,7 +24,8 @@ def work(overrides: list[str], stages: list[str], result: Path) -> None:
     """Run what changed, push it, and put what git tracks of the results where the laptop finds it."""
     use_the_jobs_identity()
     make_repository()
-    run.run(overrides=overrides, name=None, jobs=None, stages=stages)
+    with curves.sent():
+        run.run(overrides=overrides, name=None, jobs=None, stages=stages)
     collect(result)
 
 

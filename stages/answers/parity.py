@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from stages.answers.limits import Limits
+from stages.core import live
 from stages.scoring.predictions import Parity
 from stages.weights.checkpoint import load_dequantized
 
@@ -33,7 +33,7 @@ def compare(model: PeftModel, texts: list[Text], batch_size: int, limits: Limits
     """Return, for every answer, whether PyTorch would have given it, in the order of `texts`."""
     by_length = sorted(range(len(texts)), key=lambda n: len(texts[n][0]) + len(texts[n][1]))
     verdicts: dict[int, Parity] = {}
-    for first in tqdm(range(0, len(by_length), batch_size), desc="parity", unit="batch"):
+    for first in live.steps(range(0, len(by_length), batch_size), "parity", "batch"):
         batch = by_length[first : first + batch_size]
         read = answer_logits(model, [texts[number] for number in batch], limits)
         for number, logits in zip(batch, read, strict=True):

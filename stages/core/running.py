@@ -26,7 +26,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.core import process, ranks
+from stages.core import live, process, ranks
 from stages.core.errors import UserError
 from stages.core.files import (
     write_json,
@@ -55,7 +55,7 @@ def run(stage: Callable[[Settings], str], cost_file: Path | None = None) -> None
     gc.freeze()  # what was imported stays to the end: looking through it took 2 of a stage's 5 seconds
     gc.enable()
     be_quiet()
-    with one_line_errors(name):
+    with one_line_errors(name), watched(name) as ends:
         settings = load_current()
         made = stage(settings)
         seconds = time.monotonic() - process.STARTED  # the imports are part of it
@@ -65,7 +65,19 @@ def run(stage: Callable[[Settings], str], cost_file: Path | None = None) -> None
             write_json(cost_file, cost)
         took = f"in {cost['seconds']} s, peak memory {cost['peak_memory_gib']} GiB"
         chosen = f", on {process.chosen_gpu}" if process.chosen_gpu and used_gpu() else ""
+        ends(f"{made} {took}{chosen}")
         print(f"{name}: {made} {took}{chosen}")
+
+
+@contextmanager
+def watched(name: str) -> Iterator[live.Ends]:
+    """Let `lab watch` see the stage, and the line in which it fails."""
+    with live.told(name) as ends:
+        try:
+            yield ends
+        except BaseException as error:
+            ends(line_of(error) or f"{type(error).__name__}: {error}".splitlines()[0], well=False)
+            raise
 
 
 def run_as_rank(stage: Callable[[Settings], None]) -> None:

@@ -15,8 +15,8 @@ from olive.passes.pass_config import PassConfigParam
 from olive.passes.pytorch.quant_utils import finalize, get_quantizer_config, prepare_model
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
+from stages.core import live
 from stages.quantization.architecture import LinearGroup, linear_groups
 from stages.quantization.compensation import compensate, factorize
 from stages.quantization.scale_search import Grid, search_scales
@@ -62,7 +62,7 @@ def balance_layers(model: nn.Module, tokens: torch.Tensor, scale_grid: int) -> N
     arguments = layer_arguments(model, tokens[:1])
     hidden = [first_hidden(model, part) for part in tokens.split(BATCH)]
     layers = zip(model.model.layers, arguments, strict=True)
-    for layer, given in tqdm(layers, desc="AWQ", unit="layer", total=len(arguments)):
+    for layer, given in live.steps(layers, "AWQ", "layer", len(arguments)):
         # one layer at a time in float32: a GPU need not hold the model, nor a CPU two copies of it
         layer.to(device()).float()
         groups = linear_groups(layer, model.config)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import set_seed
 
+from stages.core import live
 from stages.core.settings import Quantize
 from stages.text.chats import check_rows, load_tokenizer, sequences
 from stages.text.conversation import Conversation
@@ -56,7 +56,7 @@ def self_text(base: Path, count: int, length: int, seed: int) -> torch.Tensor:
     words |= dict.fromkeys(("min_new_tokens", "max_new_tokens"), length // 4 - 1)
     written = [
         model.generate(part, attention_mask=torch.ones_like(part), **words).cpu()
-        for part in tqdm(first.split(PIECES), desc="the model's own text", unit="batch")
+        for part in live.steps(first.split(PIECES), "the model's own text", "batch")
     ]
     return torch.cat(written).reshape(count, -1)
 

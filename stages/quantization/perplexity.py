@@ -9,8 +9,8 @@ import torch
 from olive.common.quant.utils import WeightQuantizer
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
+from stages.core import live
 from stages.core.settings import Quantize
 from stages.quantization.architecture import bits_by_module
 from stages.weights.checkpoint import load_dequantized, load_float
@@ -21,7 +21,7 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor, label: str) -> floa
     """Return the model's perplexity on token sequences, [sequences, length]."""
     device = next(model.parameters()).device
     total = 0.0
-    for row in tqdm(tokens, desc=f"perplexity ({label})", unit="seq"):
+    for row in live.steps(tokens, f"perplexity ({label})", "seq"):
         on_device = row.to(device)
         logits = model(on_device[None]).logits[0, :-1].float()
         total += cross_entropy(logits, on_device[1:], reduction="sum").item()

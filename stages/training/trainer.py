@@ -11,6 +11,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,22 @@ from stages.training.lora_product import fuse_products
 from stages.training.packed_attention import PACKED, boundaries
 from stages.training.sharded import load_sharded
 from stages.training.shared_prefix import share_prefix
+from stages.training.trackers import add_trackers
+from stages.training.watched import Watched
 from stages.weights.checkpoint import load_dequantized, load_packed
 from stages.weights.hardware import device, fast_dtype
 
+PATIENCE = 4  # logged losses in a row: one may be a spike, from which a run recovers
 LOWER = "nothing is saved: lower finetune.lr, or look at the data"
 # Norms, activations and rotations in one kernel each; the loss is our own.
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-class NotFinite(UserError):
+class Diverged(UserError):
+    """The loss has left where it began, and does not come back."""
+
+
+class NotFinite(Diverged):
     """A loss, gradient or trained weight is NaN or infinite."""
 
 
@@ -65,7 +73,7 @@ def load_base(folder: Path, options: Finetune) -> torch.nn.Module:
 def train(trainer: AnswerTrainer, folder: Path) -> None:
     """Train from the last complete checkpoint in `folder`, or from the start.
 
-    Raises `NotFinite` for a run that diverged. Its checkpoints go too: the next run would resume from one.
+    Raises `Diverged` for a run that diverged. Its checkpoints go too: the next run would resume from one.
     """
     checkpoint = checkpoints.last_complete(folder)
     if checkpoint and together.rank() == 0:
@@ -73,12 +81,48 @@ def train(trainer: AnswerTrainer, folder: Path) -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         refuse_not_finite(trainer.model)
-    except NotFinite:
+    except Diverged:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     except NotCompiled as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"finetune.compile=true fails here ({reason}): set it to false") from None
+
+
+class StopsWhenDiverged(TrainerCallback):
+    """Stops with one line where the loss has left for good, or no gradient comes back any more."""
+
+    def on_log(self, args, state, control, logs=None, model=None, **_):
+        """Raise `Diverged`."""
+        # of the trainer's own history, which a resumed run has too
+        logged = [entry for entry in state.log_history if "loss" in entry]
+        if "loss" not in (logs or {}) or len(logged) <= PATIENCE:
+            return
+        losses, last = [entry["loss"] for entry in logged], logged[-PATIENCE:]
+        limit = highest_loss(losses, model.config.vocab_size)
+        where = f"step {state.global_step}, in {PATIENCE} logs running"
+        if min(losses[-PATIENCE:]) > limit:
+            raise Diverged(
+                f"the loss diverges: {losses[0]:.2f} at the start, {losses[-1]:.2f} at {where} "
+                f"above {limit:.2f}: {LOWER}"
+            )
+        # of a model that has learned everything neither is exactly 0
+        if not any(entry.get("grad_norm", 1.0) for entry in last) and min(losses[-PATIENCE:]) > 0.1:
+            raise Diverged(
+                f"the gradient is 0 at {where}, the loss {losses[-1]:.2f}, nothing more is learned: {LOWER}"
+            )
+
+
+def highest_loss(losses: Sequence[float], vocabulary: int) -> float:
+    """Return the loss, in nats, above which a run has diverged that stays there.
+
+    The first logged loss is the base's own, more or less: a mean of five steps of the warm-up. Rows differ,
+    and a mean of five may be twice another's: so twice the start, and a nat for starts near 0. A run that was
+    better than chance by a nat and then is not has diverged too: a model whose layers give nothing but zeros
+    guesses evenly, at the logarithm of the vocabulary's size, which may be below twice the start.
+    """
+    chance = math.log(vocabulary) - 0.01
+    return min(2 * losses[0] + 1, chance if min(losses) < chance - 1 else math.inf)
 
 
 class StopsWhenNotFinite(TrainerCallback):
@@ -147,13 +191,15 @@ class AnswerTrainer(SFTTrainer):
     """
 
     tokens_seen = 0
+    step_loss: torch.Tensor  # of the last step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run both passes on this rank's rows; return the loss of the step, and leave its gradients."""
         if together.count() > 1:  # dropout: a resumed run has to draw what an undisturbed one does
             torch.manual_seed(hash((self.args.seed, self.state.global_step, together.rank())))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        return together.summed(loss, trainable(model))
+        self.step_loss = together.summed(loss, trainable(model))
+        return self.step_loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Return the answers' tokens in the step's rows of all ranks."""
@@ -210,8 +256,11 @@ def make_trainer(
         train_dataset=together.my_rows(train, options.batch_size),
         eval_dataset=validation,
         peft_config=lora_config(options, model),
-        callbacks=[StopsWhenNotFinite(), Pace()],
+        callbacks=[StopsWhenNotFinite(), StopsWhenDiverged(), Pace()],
     )
+    if together.rank() == 0:
+        trainer.add_callback(Watched(trainer))
+        add_trackers(trainer)
     if options.compile:
         compile_layers(trainer.model)
     together.start_alike(trainable(trainer.model))

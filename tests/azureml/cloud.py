@@ -223,6 +223,7 @@ def azurite_over_tls(data: Path, certificate: Path, key: Path) -> Iterator[int]:
 def furnish(cloud: Cloud) -> None:
     """Make what an administrator would: workspace, datastore, cluster."""
     urls = {"discoveryUrl": f"{service.DATA_PLANE}/discovery", "workspaceId": str(uuid.uuid4())}
+    urls["mlFlowTrackingUri"] = service.TRACKING
     cloud.service.put(service.HOME, urls, location=service.REGION)
     store = {
         "datastoreType": "AzureBlob",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
-from .service import Server, token
+from .service import JOB_TOKEN, TRACKING, Server, token
 
 if TYPE_CHECKING:
     from .cloud import Cloud
@@ -112,6 +112,9 @@ class Machines:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"]),
             "LANG": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
+            "MLFLOW_TRACKING_URI": TRACKING,
+            "MLFLOW_TRACKING_TOKEN": JOB_TOKEN,
+            "MLFLOW_RUN_ID": home.name,
             **({"MSI_ENDPOINT": identity, "MSI_SECRET": MSI_SECRET} if managed else {}),
             **({"DEFAULT_IDENTITY_CLIENT_ID": "cluster"} if managed else {}),
             **self.cloud.network,

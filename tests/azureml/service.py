@@ -28,6 +28,9 @@ DATA_PLANE = f"https://{REGION}.api.azureml.ms"
 PROVIDER = "/providers/Microsoft.MachineLearningServices"
 ROOT = f"/subscriptions/{SUBSCRIPTION}/resourceGroups/{GROUP}{PROVIDER}"
 HOME = f"{ROOT}/workspaces/{WORKSPACE}"
+TRACKING = f"azureml://{REGION}.api.azureml.ms/mlflow/v1.0{HOME}"
+MLFLOW = f"/mlflow/v1.0{HOME}/api/2.0/mlflow"
+JOB_TOKEN = "of this job alone"
 
 Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]  # status, body, headers
 ROUTES: list[tuple[str, re.Pattern, Callable[..., Answer]]] = []
@@ -47,9 +50,11 @@ class Service:
     """The state of the workspace, and the HTTPS server that shows it."""
 
     def __init__(self, certificate: Path, key: Path, secret: str) -> None:
+        self.job_token: str | None = JOB_TOKEN  # None: it has expired
         self.secret = secret  # what the service principal of the laptop knows
         self.resources: dict[str, dict] = {}
         self.details: dict[str, dict] = {}  # of jobs, as the run history has them
+        self.metrics: dict[str, list[dict]] = {}  # of jobs, as MLflow has them
         self.calls: list[tuple[str, str]] = []
         self.unknown: list[str] = []  # calls that nobody wrote an answer for
         self.refusals: dict[str, Answer] = {}  # pattern of method and path: what it answers instead
@@ -60,7 +65,7 @@ class Service:
         self.read_sas: Callable[[str], str] = lambda uri: uri
         self.request = (
             threading.local()
-        )  # whose `headers` are those of the request that a thread answers
+        )  # whose `headers` and `query` are those of the request that a thread answers
         self.endpoints: Any = None  # endpoints.Endpoints
         handler = type("Bound", (Handler,), {"service": self})
         self.server = Server(("127.0.0.1", 0), handler)
@@ -74,8 +79,9 @@ class Service:
 
     def forget(self) -> None:
         """Become as empty as at the start."""
-        for state in (self.resources, self.details, self.calls, self.unknown):
+        for state in (self.resources, self.details, self.metrics, self.calls, self.unknown):
             state.clear()
+        self.job_token = JOB_TOKEN
         self.refusals.clear()
         self.denied.clear()
         if self.endpoints:
@@ -239,6 +245,40 @@ def run_details(service: Service, body: Any, name: str) -> Answer:
     return 200, service.details[name]
 
 
+@route("POST", rf"{MLFLOW}/runs/log-batch")
+def log_batch(service: Service, body: dict) -> Answer:
+    if not is_known(service):
+        return 401, {"error_code": "PERMISSION_DENIED", "message": "the token has expired"}
+    wrong = [
+        each["key"] for each in body["metrics"] if not re.fullmatch(r"[/\w.\- ]+", each["key"])
+    ]
+    if wrong or len(body["metrics"]) > 1000 or body["run_id"] not in service.details:
+        return 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": f"{wrong}"}
+    service.metrics.setdefault(body["run_id"], []).extend(body["metrics"])
+    return 200, {}
+
+
+@route("GET", rf"{MLFLOW}/runs/get")
+def mlflow_run(service: Service, body: Any) -> Answer:
+    if not is_known(service):
+        return 401, {"error_code": "PERMISSION_DENIED", "message": "the token has expired"}
+    (job,) = service.request.query["run_id"]
+    last = {metric["key"]: metric for metric in service.metrics.get(job, [])}
+    return 200, {"run": {"info": {"run_id": job}, "data": {"metrics": [*last.values()]}}}
+
+
+@route("GET", rf"{MLFLOW}/metrics/get-history")
+def mlflow_history(service: Service, body: Any) -> Answer:
+    (job,), (key,) = (service.request.query[name] for name in ("run_id", "metric_key"))
+    return 200, {"metrics": [each for each in service.metrics.get(job, []) if each["key"] == key]}
+
+
+def is_known(service: Service) -> bool:
+    """Say whether a request has a job's own token, while that is good, or somebody's who signed in."""
+    given = service.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return given == service.job_token or given.count(".") == 2
+
+
 @route("GET", r"/registrymanagement/v1\.0/registries/([^/]+)/discovery")
 def registry(service: Service, body: Any, name: str) -> Answer:
     return 200, {
@@ -282,6 +322,7 @@ class Handler(BaseHTTPRequestHandler):
         path = re.sub("/+", "/", unquote(url.path))
         path = path.removeprefix("/mferp/managementfrontend")
         self.service.request.headers = self.headers
+        self.service.request.query = parse_qs(url.query)
         status, answer, *more = self.service.answer(self.command, path, parse_qs(url.query), body)
         data = json.dumps(answer).encode()
         self.send_response(status)

@@ -70,6 +70,8 @@ def test_from_an_edit_on_the_laptop_to_a_registered_model(laptop, cloud, tmp_pat
     output = laptop.lab("submit")
     (job,) = submitted(output)
     assert stages_that_ran(log_of(cloud, job)) == ["params", *RETRAINED]
+    assert {"loss", "finetune.training"} <= {metric["key"] for metric in cloud.service.metrics[job]}
+    assert "Completed" in laptop.lab("watch", job).splitlines()[-1]
     assert stages_that_ran(output.partition("Execution Summary")[2]) == []
 
     params = yaml.safe_load((laptop.root / "params.yaml").read_text())

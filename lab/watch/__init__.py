@@ -1,0 +1,1 @@
+"""See runs while they run: those of this clone and Azure ML jobs. `lab watch`."""
