@@ -1,12 +1,13 @@
-"""Finetune on several GPUs of one machine beside one of them, and a base that is spread over them.
+"""Finetune and quantize on several GPUs of one machine beside one, and train a base that is spread over them.
 
     python -m benchmarks.several_gpus                     # 2 GPUs, 40 GB of disk, 15 minutes
     python -m benchmarks.several_gpus --part small        # only the 3.8B shape; large: only the 32B one
+    python -m benchmarks.several_gpus --part quantize     # only quantize, of the 3.8B shape
     python -m benchmarks.several_gpus --model tiny --large tiny --steps 10 --tokens 64     # anywhere, on CPUs
 
 Random weights: time and memory only. One GPU and several train on the same rows in the same order, so that
-their losses are the same but for rounding. Writes benchmarks/results/several_gpus.json after every run, and
-keeps what it holds of other runs.
+their losses are the same but for rounding, and quantize to the same integers, which are compared. Writes
+benchmarks/results/several_gpus.json after every run, and keeps what it holds of other runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from benchmarks.machine import RESULTS, ROOT, keep
@@ -49,14 +50,14 @@ GROUP = 128
 def main() -> None:
     """Measure what is asked for, in a folder of its own unless one is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["all", "small", "large"], default="all")
+    parser.add_argument("--part", choices=["all", "small", "large", "quantize"], default="all")
     parser.add_argument("--model", default="phi35_mini_shape")
     parser.add_argument("--large", choices=[*SHAPES], default="32b")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=1024, help="of a row")
+    parser.add_argument("--sequences", type=int, default=128, help="that calibrate, of 512 tokens")
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 16], help="of a step")
-    parser.add_argument("--compile", action="store_true", help="finetune.compile=true too")
     parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,6 +66,8 @@ def main() -> None:
             measure_small(folder / "small", asked)
         if asked.part in ("all", "large"):
             measure_large(folder / "large", asked)
+        if asked.part in ("all", "quantize"):
+            measure_quantize(folder / "quantize", asked)
     print(json.dumps(read_json(RESULTS / "several_gpus.json"), indent=2))
 
 
@@ -73,26 +76,17 @@ def measure_small(folder: Path, asked: argparse.Namespace) -> None:
     settings = [f"model={asked.model}", *common(asked), f"finetune.max_steps={asked.steps}"]
     settings += [f"finetune.eval_steps={asked.steps}"]
     make_small(folder, settings, asked)
-    for compiled in (False, True) if asked.compile else (False,):
-        for rows in asked.rows:
-            both = [
-                *settings,
-                f"finetune.batch_size={rows}",
-                f"finetune.compile={compiled}".lower(),
-            ]
-            runs = {
-                n: finetune(folder, *both, f"finetune.processes={n}") for n in (1, asked.processes)
-            }
-            one, several = runs[1], runs[asked.processes]
-            several["times_the_speed_of_one"] = round(
-                one["step_seconds"] / several["step_seconds"], 3
-            )
-            several["validation_loss_less_ones"] = round(
-                several["validation_loss"] - one["validation_loss"], 4
-            )
-            name = f"{asked.model}_{rows}_rows" + "_compiled" * compiled
-            kept = {"tokens_a_row": asked.tokens, "processes": asked.processes}
-            keep_also(name, kept | {"one": one, "several": several})
+    for rows in asked.rows:
+        both = [*settings, f"finetune.batch_size={rows}"]
+        one, several = (
+            finetune(folder, *both, f"finetune.processes={n}") for n in (1, asked.processes)
+        )
+        several["times_the_speed_of_one"] = round(one["step_seconds"] / several["step_seconds"], 3)
+        several["validation_loss_less_ones"] = round(
+            several["validation_loss"] - one["validation_loss"], 4
+        )
+        kept = {"tokens_a_row": asked.tokens, "processes": asked.processes}
+        keep_also(f"{asked.model}_{rows}_rows", kept | {"one": one, "several": several})
 
 
 def measure_large(folder: Path, asked: argparse.Namespace) -> None:
@@ -110,6 +104,60 @@ def measure_large(folder: Path, asked: argparse.Namespace) -> None:
             {"tokens_a_row": asked.tokens, "rows": rows, "processes": asked.processes}
             | {"weights": weights, "several": run},
         )
+
+
+def measure_quantize(folder: Path, asked: argparse.Namespace) -> None:
+    """Quantize in one process and in several, with the model's own text and without; compare what was made.
+
+    Without perplexity, which one process measures. The first run of all, which reads the model into the page
+    cache, is not counted.
+    """
+    settings = [f"model={asked.model}", "quantize.perplexity_sequences=0"]
+    settings += [f"quantize.calibration_sequences={asked.sequences}"]
+    make_base(folder, settings)
+    quantize(folder, *settings, "quantize=rtn")
+    runs, made = {}, {}
+    for n in (1, asked.processes):
+        both = [*settings, f"quantize.processes={n}"]
+        runs[n] = {
+            "without_own_text": quantize(folder, *both, "quantize.self_text_share=0"),
+            "stage": quantize(folder, *both),
+        }
+        made[n] = packed_integers(folder / "models/quantized")
+    one, several = runs[1], runs[asked.processes]
+    for kind in one:
+        several[kind]["times_the_speed_of_one"] = round(
+            one[kind]["seconds"] / several[kind]["seconds"], 3
+        )
+    several |= differences(made[1], made[asked.processes])
+    name = f"{asked.model}, quantize, {asked.sequences} x 512 tokens"
+    keep_also(name, {f"{n} processes": run for n, run in runs.items()})
+
+
+def quantize(folder: Path, *settings: str) -> dict[str, Any]:
+    """Quantize; return what the stage cost."""
+    write_params(folder, *settings)
+    return run_stage("quantize", folder)
+
+
+def packed_integers(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the packed integers of a checkpoint by name."""
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for name, tensor in tensors.items() if name.endswith(".qweight")}
+
+
+def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Count the layers' 4-bit integers, two a byte, and those of them that differ."""
+    names = [name for name in one if name.startswith("model.layers.")]
+    assert one.keys() == other.keys()
+    differ = [one[name] ^ other[name] for name in names]
+    return {
+        "integers": sum(2 * each.numel() for each in differ),
+        "integers_that_differ": sum(
+            int((each & 15).count_nonzero() + (each >> 4).count_nonzero()) for each in differ
+        ),
+    }
 
 
 def common(asked: argparse.Namespace) -> list[str]:
@@ -130,12 +178,21 @@ def make_small(folder: Path, settings: list[str], asked: argparse.Namespace) -> 
     """Make a model of random weights, pack it, and prepare rows; what a folder holds already stays."""
     if (folder / "models/quantized").exists():
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "long.jsonl", asked.tokens)
+    make_base(folder, settings)
+    run_stage("quantize", folder)
+
+
+def make_base(folder: Path, settings: list[str]) -> None:
+    """Make a model of random weights and prepare rows; what a folder holds already stays."""
+    if (folder / "models/base").exists():
+        return
     (folder / "data").mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "data/travel.jsonl", folder / "data")
     shutil.copy(ROOT / "data/heldout.txt", folder / "data")
-    write_rows(folder / "long.jsonl", asked.tokens)
     write_params(folder, *settings)
-    for stage in ("fetch", "prepare", "quantize"):
+    for stage in ("fetch", "prepare"):
         run_stage(stage, folder)
 
 

@@ -28,12 +28,8 @@ COMMANDS = {  # name: where it is, and the first sentence of its help
     ),
     "review": ("lab.review.command:review", "Print what changed since BASE."),
     "noise": ("lab.noise:noise", "Measure what another training seed does to the metrics."),
-<<<<<<< HEAD
     "search": ("lab.search.command:search", "Find the best settings within limits."),
-=======
-    "search": ("lab.search.command:search", "Search for the best settings within limits."),
     "watch": ("lab.watch.command:watch", "Follow a run while it runs."),
->>>>>>> wt-watch
     "exp": ("lab.experiments.table:table", "Show experiments with what decides."),
     "promote": ("lab.experiments.promote:promote", "Make an experiment the default."),
     "run": ("lab.run:run", "Run what changed here, and push it."),

@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from stages.core.files import in_megabytes, size_of, write_json, written_beside
-from stages.core.ranks import place, run_ranks
+from stages.core.ranks import leave, place, run_ranks
 from stages.core.running import run, run_as_rank
 from stages.core.settings import Settings
 from stages.text.chats import load_tokenizer
@@ -41,6 +41,10 @@ METRICS = Path("metrics/raw/finetune.json")
 COST = Path("metrics/speed/finetune.json")
 TRAINING_COST = Path("metrics/speed/training.json")  # of the loop alone
 CHECKPOINTS = Path("models/.finetune")
+AGAIN = (
+    "run `dvc repro` again, which resumes (with fewer finetune.processes if the machine's memory "
+    "ran out)"
+)
 
 
 def finetune(settings: Settings) -> str:
@@ -51,7 +55,7 @@ def finetune(settings: Settings) -> str:
     if len(gpus) == 1:
         train_adapter(settings)
     else:
-        run_ranks("stages.finetune", gpus)
+        run_ranks("stages.finetune", gpus, AGAIN)
     shutil.rmtree(CHECKPOINTS)
     ranks = f", {len(gpus)} processes" if len(gpus) > 1 else ""
     return f"{ADAPTER} ({in_megabytes(size_of(ADAPTER))}) in {options.max_steps} steps{ranks}"
@@ -74,7 +78,7 @@ def train_adapter(settings: Settings) -> None:
             save_adapter(trainer.model, folder, settings.model.name)
         write_json(METRICS, loss_curve(trainer))
         write_json(TRAINING_COST, cost)
-    together.leave()
+    leave()
 
 
 if __name__ == "__main__":

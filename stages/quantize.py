@@ -3,7 +3,8 @@
     python -m stages.quantize        # conf/quantize says how: awq or rtn
 
 The raw metrics compare perplexity, on prose and on task text that calibration never saw, of the float model,
-of plain rounding (RTN) and of what was made.
+of plain rounding (RTN) and of what was made. With several GPUs each does a part of AWQ, in a process of its
+own that runs this module again (`quantize_model`); the first alone writes and measures.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from stages.core.errors import UserError
 from stages.core.files import in_megabytes, size_of, write_json, written_beside
-from stages.core.running import run
+from stages.core.places import places
+from stages.core.ranks import join, place, rank, run_ranks
+from stages.core.running import run, run_as_rank
 from stages.core.settings import Quantize, Settings
 from stages.quantization.architecture import bits_by_module, projections
 from stages.quantization.awq import Awq
@@ -32,6 +35,7 @@ from stages.quantization.calibration import calibration_set, heldout_prose, task
 from stages.quantization.perplexity import perplexities
 from stages.text.conversation import read_conversations
 from stages.weights.checkpoint import empty_model
+from stages.weights.hardware import device
 
 BASE = Path("models/base")
 PREPARED = Path("data/prepared")
@@ -39,23 +43,51 @@ QUANTIZED = Path("models/quantized")
 HELDOUT = Path("data/heldout.txt")
 METRICS = Path("metrics/raw/quantize.json")
 COST = Path("metrics/speed/quantize.json")
+AGAIN = "run `dvc repro` again (with fewer quantize.processes if the machine's memory ran out)"
 SMALLEST_GROUP = 16  # of the kernels that run the graph
 
 
 def quantize(settings: Settings) -> str:
-    """Check, quantize, measure, save."""
+    """Check, then quantize, in as many processes as settings and GPUs ask for."""
     options = settings.quantize
     config = AutoConfig.from_pretrained(BASE, trust_remote_code=False)
     check(options, config)
-    texts = heldout_texts(options)  # before the work: they may be too short
-    with written_beside(QUANTIZED) as folder:
-        with tempfile.TemporaryDirectory() as scratch:
-            make_pass(options, config, Path(scratch)).run(base_handler(options), str(folder))
-        metrics = perplexities(BASE, folder, texts, options) if texts else {}
-        metrics |= {"bytes_base": size_of(BASE), "bytes_quantized": size_of(folder)}
-        write_json(METRICS, metrics)
+    gpus = places_of(options, config.num_hidden_layers)
+    if len(gpus) == 1:
+        quantize_model(settings)
+    else:
+        run_ranks("stages.quantize", gpus, AGAIN)
     before, after = in_megabytes(size_of(BASE)), in_megabytes(size_of(QUANTIZED))
-    return f"{QUANTIZED} by {options.method} ({before} to {after})"
+    ranks = f", {len(gpus)} processes" if len(gpus) > 1 else ""
+    return f"{QUANTIZED} by {options.method} ({before} to {after}){ranks}"
+
+
+def quantize_model(settings: Settings) -> None:
+    """Quantize, measure, save; all ranks do their part of the first, the first rank the others."""
+    options = settings.quantize
+    config = AutoConfig.from_pretrained(BASE, trust_remote_code=False)
+    texts = heldout_texts(options)  # before the work: they may be too short
+    join("gloo")
+    with tempfile.TemporaryDirectory() as scratch:
+        awq_or_rtn = make_pass(options, config, Path(scratch))
+        if rank() > 0:
+            awq_or_rtn.run(base_handler(options), scratch)
+            return
+        with written_beside(QUANTIZED) as folder:
+            awq_or_rtn.run(base_handler(options), str(folder))
+            metrics = perplexities(BASE, folder, texts, options) if texts else {}
+            metrics |= {"bytes_base": size_of(BASE), "bytes_quantized": size_of(folder)}
+            write_json(METRICS, metrics)
+
+
+def places_of(options: Quantize, layers: int) -> list[str]:
+    """Return a GPU for every process that quantize.processes asks for; rounding alone needs one."""
+    wanted = options.processes
+    if options.method == "rtn":
+        if wanted not in ("auto", 1):
+            print("quantize: quantize.processes changes nothing with quantize=rtn", flush=True)
+        wanted = 1
+    return places("quantize.processes", wanted, layers, device() == "cuda")
 
 
 def check(options: Quantize, config: PretrainedConfig) -> None:
@@ -64,6 +96,11 @@ def check(options: Quantize, config: PretrainedConfig) -> None:
         raise UserError(
             f"quantize.eight_bit_modules has {min(unknown)!r}: "
             f"must be some of {', '.join(projections(config))}"
+        )
+    if options.processes != "auto" and options.processes > config.num_hidden_layers:
+        raise UserError(
+            f"quantize.processes is {options.processes}: must be auto or at most {config.num_hidden_layers}, "
+            "the number of layers, of which each process takes some"
         )
     check_group_size(config, options.group_size)
 
@@ -131,4 +168,4 @@ def pass_config(options: Quantize, config: PretrainedConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(quantize, COST)
+    run_as_rank(quantize_model) if place() else run(quantize, COST)

@@ -1,6 +1,7 @@
 """AWQ: its grid is Olive's, folding changes nothing in float, and it beats rounding to nearest."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -130,6 +131,23 @@ def test_the_same_calibration_gives_the_same_bytes(tmp_path):
         packed(tiny_model("llama"), tmp_path / run, tokens, Awq)
     one, two = (tmp_path / run / "Awq/model.safetensors" for run in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_that_another_process_sends_is_written_as_ones_own(family, tmp_path, monkeypatch):
+    def as_sent(layers):
+        for number, layer in enumerate(layers):
+            layers[number] = pickle.loads(pickle.dumps(layer))
+
+    tokens = torch.randint(97, (2, 64))
+    for run, collect in (("one", awq.collect), ("two", as_sent)):
+        monkeypatch.setattr(awq, "collect", collect)
+        (tmp_path / run).mkdir()
+        packed(tiny_model(family), tmp_path / run, tokens, Awq)
+    one, two = (tmp_path / run / "Awq" for run in ("one", "two"))
+    for file in one.iterdir():
+        assert (two / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @torch.no_grad()

@@ -96,6 +96,11 @@ MISTAKES = {
     "a number for a switch": ("quantize.symmetric", 1, "quantize.symmetric is 1: must be a"),
     "rank 0": ("finetune.rank", 0, "finetune.rank is 0: must be greater than 0"),
     "half a process": ("finetune.processes", 1.5, "finetune.processes is 1.5: must be"),
+    "no process to quantize": (
+        "quantize.processes",
+        0,
+        "quantize.processes is 0: must be greater than 0",
+    ),
     "no process": ("finetune.processes", 0, "finetune.processes is 0: must be greater than 0"),
     "more processes than rows": (
         "finetune.processes",

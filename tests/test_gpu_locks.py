@@ -1,16 +1,20 @@
 """Two stages never share a GPU: files that stand for GPUs are locked by real processes."""
 
+import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 
+from stages import quantize
 from stages.core import gpu_locks, process
+from stages.core import places as machine
 from stages.core.errors import UserError
 from stages.core.settings import validate
 from stages.training import places
 from support.processes import output_of, wait_until
-from support.project import ROOT
+from support.project import ROOT, Project
 
 GPUS = ["GPU-aa", "GPU-bb"]
 STAGE = """
@@ -91,7 +95,7 @@ def gpu_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_locks, "known_gpus", lambda: GPUS)
     monkeypatch.setattr(places, "device", lambda: "cuda")
     monkeypatch.setattr(process, "gpus", ["0", "1"])
-    monkeypatch.setattr(places, "queue_workers", lambda: 0)
+    monkeypatch.setattr(machine, "queue_workers", lambda: 0)
     gpu_locks.take(["0", "1"], 1, 1)
     yield monkeypatch
     gpu_locks.keep(set())
@@ -111,7 +115,7 @@ def gpu_machine(tmp_path, monkeypatch):
 def test_training_takes_the_gpus_that_its_processes_need(
     gpu_machine, params, processes, workers, found
 ):
-    gpu_machine.setattr(places, "queue_workers", lambda: workers)
+    gpu_machine.setattr(machine, "queue_workers", lambda: workers)
     params["finetune"] |= {"processes": processes, "batch_size": 16}
     assert places.places(validate(params).finetune) == found
 
@@ -129,18 +133,93 @@ def test_more_processes_than_gpus_are_refused(gpu_machine, params):
         places.places(validate(params).finetune)
 
 
+@pytest.mark.parametrize(
+    ("settings", "layers", "found"),
+    [
+        ({}, 30, ["0", "1"]),
+        ({}, 1, ["0"]),
+        ({"processes": 1}, 30, ["0"]),
+        ({"processes": 2}, 30, ["0", "1"]),
+        ({"method": "rtn", "processes": 2}, 30, ["0"]),
+    ],
+)
+def test_quantizing_takes_a_gpu_for_each_process_that_has_a_layer(
+    gpu_machine, params, settings, layers, found
+):
+    gpu_machine.setattr(quantize, "device", lambda: "cuda")
+    params["quantize"] |= settings
+    assert quantize.places_of(validate(params).quantize, layers) == found
+
+
 def test_auto_is_one_process_on_a_cpu(params, monkeypatch):
-    monkeypatch.setattr(places, "device", lambda: "cpu")
+    for module in (places, quantize):
+        monkeypatch.setattr(module, "device", lambda: "cpu")
     assert places.places(validate(params).finetune) == [""]
+    assert quantize.places_of(validate(params).quantize, 30) == [""]
 
 
 def test_a_worker_of_dvcs_queue_is_counted():
-    before = places.queue_workers()
+    before = machine.queue_workers()
     name = "import time; time.sleep(60)"
     command = [sys.executable, "-c", name, "dvc", "exp", "queue-worker", "dvc-exp-0-1@localhost"]
     worker = subprocess.Popen(command)
     try:
-        wait_until(lambda: places.queue_workers() > before)
+        wait_until(lambda: machine.queue_workers() > before)
     finally:
         worker.kill()
         worker.wait()
+
+
+QUEUED = """
+import os, time
+from pathlib import Path
+import yaml
+
+number = yaml.safe_load(Path("params.yaml").read_text())["number"]
+took = Path(os.environ["TOOK"])
+(took / f"{number}.part").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+(took / f"{number}.part").rename(took / f"{number}.txt")
+while len(list(took.glob("*.txt"))) < 2:  # neither ends before the other has begun
+    time.sleep(0.1)
+Path("out.txt").write_text(str(number))
+"""
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """A repository with one stage, which begins as ours do and says which GPU it has, on a machine of two."""
+    (tmp_path / "took").mkdir()
+    for name, value in {
+        "TMPDIR": str(tmp_path),
+        "TOOK": str(tmp_path / "took"),
+        "CUDA_VISIBLE_DEVICES": "0,1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    project = Project(tmp_path / "queue")
+    shutil.copytree(ROOT / "stages/core", project.root / "stages/core")
+    shutil.copy(ROOT / "stages/__init__.py", project.root / "stages")
+    (project.root / "stages/quantize.py").write_text(QUEUED)
+    with (project.root / "stages/core/gpu_locks.py").open("a") as code:
+        code.write(f"\n\nknown_gpus = lambda: {GPUS}\n")
+    (project.root / "params.yaml").write_text("number: 0\n")
+    stage = "{cmd: python -m stages.quantize, params: [number], outs: [out.txt]}"
+    (project.root / "dvc.yaml").write_text(f"stages: {{quantize: {stage}}}\n")
+    (project.root / ".gitignore").write_text("__pycache__\nout.txt\n")
+    project.git("init", "--quiet")
+    project.dvc("init", "--quiet")
+    project.commit()
+    yield project
+    for each in psutil.process_iter(["cwd"]):  # a worker that waits for more
+        if (each.info["cwd"] or "").startswith(str(project.root)):
+            each.kill()
+
+
+@pytest.mark.slow
+def test_two_experiments_of_dvcs_queue_have_a_gpu_each_at_the_same_time(queue, tmp_path):
+    for number in (1, 2):
+        queue.dvc("exp", "run", "--queue", "--name", f"exp-{number}", "-S", f"number={number}")
+    queue.dvc("queue", "start", "-j", "2")
+    took = tmp_path / "took"
+    wait_until(lambda: {file.name for file in took.glob("*.txt")} == {"1.txt", "2.txt"})
+    assert {file.read_text() for file in took.glob("*.txt")} == {"0", "1"}
+    wait_until(lambda: queue.dvc("queue", "status").count("Success") == 2)

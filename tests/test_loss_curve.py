@@ -14,7 +14,6 @@ from transformers import set_seed
 from stages.core.settings import Finetune
 from stages.text.chats import load_tokenizer
 from stages.training import trainer
-from stages.training.compiled import compile_layers
 from stages.training.rows import load_rows, order_rows
 from support.tiny_models import FAMILIES, checkpoint
 
@@ -35,7 +34,6 @@ OPTIONS = Finetune(
     eval_steps=5,
     validation_rows=4,
     base="dequantized",
-    compile=False,
     processes="auto",
     shard=False,
     gradient_checkpointing=False,
@@ -91,21 +89,3 @@ def test_the_losses_are_those_of_the_golden_curve(curve_with):
     found = curve_with()
     print(found)
     assert golden(found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"base": "packed", "gradient_checkpointing": True}])
-def test_compiled_layers_learn_the_same_and_rows_of_other_lengths_compile_nothing_again(
-    curve_with, monkeypatch, settings
-):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    traced = partial(compile_layers, backend="aot_eager")  # the C++ compiler takes a minute
-    monkeypatch.setattr(trainer, "compile_layers", traced)
-    found = curve_with(compile=True, **settings)
-    print(found, torch._dynamo.utils.counters)
-    assert golden(found)
-    frames = torch._dynamo.utils.counters["frames"]
-    assert frames["ok"] == frames["total"] > 0
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs <= 6, "every step compiles its layers again"

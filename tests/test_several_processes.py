@@ -1,4 +1,4 @@
-"""Finetune in two processes on a tiny model: the same training as in one, and one end for all of them."""
+"""Quantize and finetune in two processes on a tiny model: the result of one, and one end for all of them."""
 
 import json
 import os
@@ -55,6 +55,25 @@ def untrained(once) -> Project:
         hardware.write_text(hardware.read_text() + "\n\nfast_dtype = lambda: torch.float32\n")
 
     return Project(once("untrained", make))
+
+
+@pytest.fixture(scope="module")
+def unquantized(once) -> Project:
+    """A folder with all that quantize reads, for three layers, and the stages' code."""
+
+    def make(root: Path) -> None:
+        made = root.with_name("unquantized-made")
+        checkpoint(made, FAMILIES["tied"] | {"num_hidden_layers": 3})
+        shutil.copytree(made / "base", root / "models/base")
+        (root / "data/prepared").mkdir(parents=True)
+        for name in ("calibration", "validation"):
+            (root / f"data/prepared/{name}.jsonl").write_text(rows(0, 60))
+        shutil.copy(ROOT / "data/heldout.txt", root / "data")
+        for folder in ("conf", "stages"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+
+    return Project(once("unquantized", make))
 
 
 @pytest.fixture
@@ -200,6 +219,93 @@ def test_shard_in_one_process_is_said_to_change_nothing(folder):
     assert "finetune.shard changes nothing in one process" in finetune(
         folder("finetune.shard=true")
     )
+
+
+@pytest.fixture
+def quantizing(unquantized, tmp_path):
+    """Return a function that makes a copy with settings of its own; the model writes 80 pieces, in batches
+    of 64 and 16."""
+
+    def make(*overrides: str, name: str = "project") -> Project:
+        project = unquantized.copy(tmp_path / name)
+        settings = [
+            "quantize.group_size=32",
+            "quantize.calibration_sequences=30",
+            "quantize.calibration_length=32",
+            "quantize.self_text_share=0.67",
+            "quantize.perplexity_sequences=3",
+        ]
+        composed = compose([*settings, *overrides], ROOT / "conf")
+        (project.root / "params.yaml").write_text(composed)
+        return project
+
+    return make
+
+
+def quantize(project: Project, **options) -> str:
+    return project.python("stages.quantize", **options)
+
+
+def files_of(project: Project) -> dict[str, bytes]:
+    folder = project.root / "models/quantized"
+    made = {file.name: file.read_bytes() for file in folder.iterdir()}
+    return made | {"metrics": (project.root / "metrics/raw/quantize.json").read_bytes()}
+
+
+@pytest.mark.slow
+def test_two_and_three_processes_quantize_to_the_bytes_of_one(quantizing):
+    one = quantizing(name="one")
+    assert "processes" not in quantize(one)
+    expected = files_of(one)
+    for number in (2, 3):
+        several = quantizing(f"quantize.processes={number}", name=str(number))
+        assert f", {number} processes in" in quantize(several)
+        assert files_of(several) == expected
+        assert processes_in(several) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["first", "last", "stage"])
+def test_a_killed_process_ends_all_of_quantize_and_leaves_nothing_half_written(quantizing, killed):
+    project = quantizing("quantize.processes=2")
+    project.replace(
+        "stages/quantization/awq.py",
+        "        hidden, grams = run_and_watch(layer, groups, hidden, given)\n",
+        "        hidden, grams = run_and_watch(layer, groups, hidden, given)\n"
+        "        from pathlib import Path\n"
+        "        Path(f'has-begun-{rank()}').touch()\n"
+        "        __import__('time').sleep(1000)\n",
+    )
+    stage = project.start(sys.executable, "-m", "stages.quantize")
+    wait_until(lambda: len(list(project.root.glob("has-begun-*"))) == 2)
+    family = psutil.Process(stage.pid)
+    ranks = {each.environ()[PLACE].split()[0]: each for each in family.children()}
+    {"first": ranks["0"], "last": ranks["1"], "stage": family}[killed].kill()
+    said = output_of(stage)
+    wait_until(lambda: not processes_in(project))
+    if killed == "stage":
+        assert stage.returncode == -signal.SIGKILL
+    else:
+        number = {"first": 1, "last": 2}[killed]
+        assert stage.returncode == 1
+        last = said.splitlines()[-1]
+        assert last.startswith(
+            f"quantize: process {number} of 2 was killed by SIGKILL: run `dvc repro` "
+        )
+        assert "quantize.processes" in last
+        assert "Traceback" not in said
+    assert not (project.root / "models/quantized").exists()
+    assert not (project.root / "metrics").exists()
+
+
+@pytest.mark.slow
+def test_more_processes_than_layers_are_refused_and_rounding_needs_none(quantizing):
+    refused = quantize(quantizing("quantize.processes=4"), exits=1).splitlines()[-1]
+    assert refused.startswith("quantize: quantize.processes is 4: must be auto or at most 3")
+    rounding = quantizing("quantize=rtn", "quantize.processes=2", name="rtn")
+    said = quantize(rounding)
+    assert "quantize.processes changes nothing with quantize=rtn" in said
+    assert "2 processes" not in said
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

@@ -3,6 +3,7 @@
 lab submit                                       # what changed here
 lab submit -S finetune.max_steps=200             # as `dvc exp run -S`
 lab submit --sweep finetune.rank=8,16,32         # a job each, in parallel; what they share is computed once
+lab submit --gpus 2                              # on two GPUs of a node; without it on all that the node has
 lab submit --detach                              # do not wait; lab jobs --restore NAME fetches the results
 
 A job gets the files that git tracks, as they are, and everything else from the DVC remote.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lab import run
+from lab.azureml import gpus as gpus_of_a_node
 from lab.azureml import results, snapshot, sweep, workspace
 from lab.azureml.datastore import Datastore
 from lab.remote import config
@@ -68,10 +70,15 @@ def submit(
         typer.Option("--sweep", metavar="KEY=A,B,C", help="A job for each value, repeatable."),
     ] = None,
     compute: Annotated[str, typer.Option(envvar="AZUREML_COMPUTE", help="The cluster.")] = CLUSTER,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the node to use [default: all].")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="1: no stage spans several.")] = 1,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the results.")] = False,
 ) -> None:
     """Run what changed on an Azure ML cluster. Then brings dvc.lock and metrics back."""
     overrides, sweeps = overrides or [], sweeps or []
+    gpus_of_a_node.check_nodes(nodes)
     sweep.check(overrides)
     combined = (
         [[*overrides, *more] for more in sweep.combinations(sweeps)] if sweeps else [overrides]
@@ -80,12 +87,15 @@ def submit(
         snapshot.bring_params_up_to_date(each)
         snapshot.check_ignored(each)
     client = preflight(compute)
+    if gpus:
+        gpus_of_a_node.check(client, compute, gpus)
+    variables = gpus_of_a_node.variables(gpus)
     run.dvc("push", "--run-cache")
     if len(combined) > 1 and (stages := sweep.common_work(combined)):
         print(f"First, once for all: {', '.join(stages)}", flush=True)
-        (common,) = start(client, compute, [overrides], stages)
+        (common,) = start(client, compute, variables, [overrides], stages)
         watch(client, common.name)
-    tasks = start(client, compute, combined)
+    tasks = start(client, compute, variables, combined)
     if detach:
         print(f"lab jobs shows them; lab jobs --restore {tasks[0].name} fetches results")
         return
@@ -132,7 +142,11 @@ def check_compute(client: MLClient, name: str) -> None:
 
 
 def start(
-    client: MLClient, compute: str, combined: list[list[str]], stages: list[str] | None = None
+    client: MLClient,
+    compute: str,
+    variables: dict[str, str],
+    combined: list[list[str]],
+    stages: list[str] | None = None,
 ) -> list[Task]:
     """Submit a job for each combination; all get the same snapshot and environment."""
     tasks, store = [], Datastore(client)
@@ -143,7 +157,7 @@ def start(
             name = f"{run.random_name()}-{secrets.token_hex(2)}"  # unlike any in the workspace
             task = Task(name, overrides, stages or [], snapshot.remember(name))
             result = store.uri(f"{results.FOLDER}/{name}/")
-            job = describe(task, compute, code, context, result)
+            job = describe(task, compute, variables, code, context, result)
             with azure.translate_errors():
                 job = client.jobs.create_or_update(job)
             print(f"Submitted {name} {' '.join(overrides)}\n  {job.studio_url}", flush=True)
@@ -151,7 +165,9 @@ def start(
     return tasks
 
 
-def describe(task: Task, compute: str, code: Path, context: Path, result: str) -> Job:
+def describe(
+    task: Task, compute: str, variables: dict[str, str], code: Path, context: Path, result: str
+) -> Job:
     """Return the job as Azure ML's own library describes it."""
     from azure.ai.ml import Output, command
     from azure.ai.ml.entities import BuildContext, Environment, ManagedIdentityConfiguration
@@ -162,6 +178,7 @@ def describe(task: Task, compute: str, code: Path, context: Path, result: str) -
         code=str(code),
         command=task.command,
         environment=Environment(build=BuildContext(path=str(context))),
+        environment_variables=variables,
         compute=compute,
         identity=ManagedIdentityConfiguration(),
         outputs={"result": Output(type="uri_folder", path=result, mode="upload")},

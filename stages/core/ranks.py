@@ -1,7 +1,8 @@
 """A stage in several processes, ranks, of one machine: started, watched and ended together.
 
-    run_ranks("stages.finetune", gpus)          # in the stage: a rank for each GPU, "" for a CPU
+    run_ranks("stages.finetune", gpus, AGAIN)   # in the stage: a rank for each GPU, "" for a CPU
     run_as_rank(train) if place() else run(finetune, COST)    # in its module, which every rank runs again
+    join("nccl")                                # in a rank, before torch.distributed; nothing elsewhere
 
 A rank that fails ends all of them with its one line; so does the end of the stage, however it comes. Neither
 accelerate's launcher nor torch's elastic agent, on which that is built, does the latter, and both report an
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -48,10 +50,48 @@ def place() -> Place | None:
     return Place(int(rank), int(count), Path(folder))
 
 
-def run_ranks(module: str, gpus: list[str]) -> None:
+def rank() -> int:
+    """Return this process's number, 0 where it is alone."""
+    return here.rank if (here := place()) else 0
+
+
+def count() -> int:
+    """Return how many processes do this stage together."""
+    return here.count if (here := place()) else 1
+
+
+def join(backend: str) -> None:
+    """Meet the other ranks, over nccl or gloo. By a file: a port could be another experiment's."""
+    if (here := place()) is None:
+        return
+    import torch  # this module is imported where nothing large may be
+
+    # the ranks are of one machine: no other has to reach them, or may
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        backend,
+        init_method=f"file://{here.folder}/store",
+        rank=here.rank,
+        world_size=here.count,
+        timeout=timedelta(hours=1),  # a dead rank ends the stage; a slow one is waited for
+        device_id=torch.device("cuda", 0) if backend == "nccl" else None,
+    )
+
+
+def leave() -> None:
+    """Wait until all ranks have come here, and part."""
+    if count() > 1:
+        from torch import distributed
+
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def run_ranks(module: str, gpus: list[str], again: str) -> None:
     """Run a stage's module in a process for each GPU until all have ended well.
 
-    Raises `UserError` with the line of the rank that failed; no other process is left then.
+    `again` says what to do where one was killed. Raises `UserError` with the line of the rank that failed;
+    no other process is left then.
     """
     with tempfile.TemporaryDirectory(prefix="olive-lab-") as name:
         folder = Path(name)
@@ -60,9 +100,9 @@ def run_ranks(module: str, gpus: list[str]) -> None:
             for rank, gpu in enumerate(gpus):
                 ranks.append(start(module, Place(rank, len(gpus), folder), gpu))
             while None in (codes := [rank.poll() for rank in ranks]):
-                raise_failure(codes, folder)
+                raise_failure(codes, folder, again)
                 time.sleep(0.1)
-            raise_failure(codes, folder)
+            raise_failure(codes, folder, again)
             reports.extend(read_json(folder / f"{rank}.json") for rank in range(len(gpus)))
         finally:
             for process in ranks:
@@ -92,7 +132,7 @@ def start(module: str, place: Place, gpu: str) -> subprocess.Popen[bytes]:
         )
 
 
-def raise_failure(codes: list[int | None], folder: Path) -> None:
+def raise_failure(codes: list[int | None], folder: Path, again: str) -> None:
     """Raise the error of the rank that failed, if one has: others fail because of it."""
     failed = {rank: code for rank, code in enumerate(codes) if code}
     if not failed:
@@ -110,10 +150,7 @@ def raise_failure(codes: list[int | None], folder: Path) -> None:
             how = (
                 f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with code {code}"
             )
-            raise UserError(
-                f"process {rank + 1} {of} was {how}: run `dvc repro` again, which resumes "
-                "(with fewer finetune.processes if the machine's memory ran out)"
-            )
+            raise UserError(f"process {rank + 1} {of} was {how}: {again}")
     sys.stderr.write(said[first[0]]["traceback"])
     raise UserError(f"process {first[0] + 1} {of} failed: its traceback is above")
 

@@ -149,6 +149,7 @@ class Quantize(Section):
     calibration_length: Annotated[int, Field(ge=16, multiple_of=4)]
     self_text_share: Annotated[float, Field(ge=0, le=1)]
     perplexity_sequences: NotNegative
+    processes: Literal["auto"] | Positive
     seed: Seed
 
     @field_validator("group_size")
@@ -190,7 +191,6 @@ class Finetune(Section):
     processes: Literal["auto"] | Positive
     shard: bool
     gradient_checkpointing: bool
-    compile: bool
     seed: Seed
 
     @model_validator(mode="after")
@@ -201,13 +201,6 @@ class Finetune(Section):
                 f"finetune.processes is {self.processes}: must be auto or at most finetune.batch_size, "
                 f"{self.batch_size}, of whose rows each process takes some"
             )
-        return self
-
-    @model_validator(mode="after")
-    def compiles_whole_layers(self) -> Finetune:
-        """Refuse compiled code for layers whose weights come and go."""
-        if self.compile and self.shard:
-            raise ValueError("finetune.compile must be false with finetune.shard=true")
         return self
 
 

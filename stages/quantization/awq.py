@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stages.core import live
+from stages.core.ranks import rank
 from stages.quantization.architecture import LinearGroup, linear_groups
 from stages.quantization.compensation import compensate, factorize
 from stages.quantization.scale_search import Grid, search_scales
+from stages.quantization.shares import collect, is_mine
 from stages.weights.hardware import device, fast_dtype
 
 BATCH = 8  # sequences that run through a layer together
@@ -47,6 +49,9 @@ class Awq(Pass):
         wrapper, quantization, retie = prepare_model(model, config)
         tokens = load_file(config.calibration)["tokens"]
         balance_layers(wrapper.model, tokens, config.scale_grid)
+        collect(wrapper.model.model.layers)
+        if rank() > 0:
+            return model  # the first process packs the rest and writes
         wrapper.model.float()  # what is left to pack, so that scales are float32 everywhere
         return finalize(
             model, output_model_path, wrapper, quantization, device(), retie_word_embeddings=retie
@@ -57,15 +62,18 @@ def balance_layers(model: nn.Module, tokens: torch.Tensor, scale_grid: int) -> N
     """Scale, round and pack every decoder layer in place, in forward order.
 
     Each layer is calibrated on what float layers before it give: on rounded ones' outputs every layer would
-    have to run twice, for no gain that was measured.
+    have to run twice, for no gain that was measured. So a layer needs nothing of those before but that: of
+    several processes each runs all layers, and works on its own.
     """
     arguments = layer_arguments(model, tokens[:1])
     hidden = [first_hidden(model, part) for part in tokens.split(BATCH)]
     layers = zip(model.model.layers, arguments, strict=True)
-    for layer, given in live.steps(layers, "AWQ", "layer", len(arguments)):
+    steps = live.steps(layers, "AWQ", "layer", len(arguments))
+    for number, (layer, given) in enumerate(steps):
         # one layer at a time in float32: a GPU need not hold the model, nor a CPU two copies of it
         layer.to(device()).float()
-        groups = linear_groups(layer, model.config)
+        mine = is_mine(number)
+        groups = linear_groups(layer, model.config) if mine else []
         hidden, grams = run_and_watch(layer, groups, hidden, given)
         grams = [
             balance(group, gram, scale_grid) for group, gram in zip(groups, grams, strict=True)
@@ -73,7 +81,7 @@ def balance_layers(model: nn.Module, tokens: torch.Tensor, scale_grid: int) -> N
         # folding is over, so weights may be rounded
         for group, gram in zip(groups, grams, strict=True):
             round_and_pack(layer, group, gram)
-        layer.to("cpu")  # makes room for the next one's Gram matrices
+        layer.to("cpu" if mine else "meta")  # makes room for the next one's Gram matrices
 
 
 def balance(group: LinearGroup, gram: torch.Tensor, scale_grid: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from stages.core import live
 from stages.core.settings import Quantize
+from stages.quantization.shares import combined, is_mine
 from stages.text.chats import check_rows, load_tokenizer, sequences
 from stages.text.conversation import Conversation
 from stages.weights.checkpoint import load_float
@@ -54,11 +55,25 @@ def self_text(base: Path, count: int, length: int, seed: int) -> torch.Tensor:
     }
     words |= {"suppress_tokens": nobodys} if nobodys else {}
     words |= dict.fromkeys(("min_new_tokens", "max_new_tokens"), length // 4 - 1)
-    written = [
-        model.generate(part, attention_mask=torch.ones_like(part), **words).cpu()
-        for part in live.steps(first.split(PIECES), "the model's own text", "batch")
-    ]
-    return torch.cat(written).reshape(count, -1)
+    written = torch.zeros(4 * count, length // 4, dtype=torch.int64)
+    parts = first.split(PIECES)
+    for number, part in enumerate(live.steps(parts, "the model's own text", "batch")):
+        if is_mine(number):
+            text = model.generate(part, attention_mask=torch.ones_like(part), **words)
+            written.split(PIECES)[number].copy_(text)
+        else:
+            skip_draws(len(part), length // 4 - 1, model)
+    return combined(written).reshape(count, -1)
+
+
+def skip_draws(pieces: int, tokens: int, model: torch.nn.Module) -> None:
+    """Make the draws that writing these pieces takes, which another process writes.
+
+    So every batch finds the generator as it would be if one process wrote all of them.
+    """
+    even = torch.ones(pieces, model.config.vocab_size, device=model.device)
+    for _ in range(tokens):
+        torch.multinomial(even, 1)
 
 
 def task_text(base: Path, rows: list[Conversation], options: Quantize) -> torch.Tensor:

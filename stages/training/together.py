@@ -12,46 +12,19 @@ after the backward pass costs less than a thousandth of a step, and is the same 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from stages.core.ranks import place
+from stages.core import ranks
+from stages.core.ranks import count, rank
 from stages.weights.hardware import device
 
 
-def rank() -> int:
-    """Return this process's number, 0 where it is alone."""
-    return here.rank if (here := place()) else 0
-
-
-def count() -> int:
-    """Return how many processes train together."""
-    return here.count if (here := place()) else 1
-
-
 def join() -> None:
-    """Meet the other ranks. By a file: a port could be another experiment's."""
-    if (here := place()) is None:
-        return
-    on_gpu = device() == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=f"file://{here.folder}/store",
-        rank=here.rank,
-        world_size=here.count,
-        timeout=timedelta(hours=1),  # a dead rank ends the stage; a slow one is waited for
-        device_id=torch.device("cuda", 0) if on_gpu else None,
-    )
-
-
-def leave() -> None:
-    """Wait until all ranks have come here, and part."""
-    if count() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    """Meet the other ranks where gradients are: on the GPUs, or on the CPU."""
+    ranks.join("nccl" if device() == "cuda" else "gloo")
 
 
 def my_share(batch_size: int) -> range:

@@ -30,7 +30,6 @@ from stages.core.running import peak_memory
 from stages.core.settings import Finetune
 from stages.text.chat_encoder import NOT_LEARNED
 from stages.training import checkpoints, together
-from stages.training.compiled import NotCompiled, compile_layers
 from stages.training.lora_product import fuse_products
 from stages.training.packed_attention import PACKED, boundaries
 from stages.training.sharded import load_sharded
@@ -84,9 +83,6 @@ def train(trainer: AnswerTrainer, folder: Path) -> None:
     except Diverged:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    except NotCompiled as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"finetune.compile=true fails here ({reason}): set it to false") from None
 
 
 class StopsWhenDiverged(TrainerCallback):
@@ -261,8 +257,6 @@ def make_trainer(
     if together.rank() == 0:
         trainer.add_callback(Watched(trainer))
         add_trackers(trainer)
-    if options.compile:
-        compile_layers(trainer.model)
     together.start_alike(trainable(trainer.model))
     return trainer
 

@@ -233,7 +233,11 @@ def furnish(cloud: Cloud) -> None:
         "isDefault": True,
     }
     cloud.service.put(f"{service.HOME}/datastores/workspaceblobstore", store)
-    cluster = {"computeType": "AmlCompute", "provisioningState": "Succeeded", "properties": {}}
+    cluster = {
+        "computeType": "AmlCompute",
+        "provisioningState": "Succeeded",
+        "properties": {"vmSize": "STANDARD_NC24ADS_A100_V4"},  # in capitals, as Azure says it
+    }
     identity = {"type": "SystemAssigned", "principalId": "cluster", "tenantId": service.TENANT}
     cloud.service.put(
         f"{service.HOME}/computes/{CLUSTER}", cluster, location=service.REGION, identity=identity

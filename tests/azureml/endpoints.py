@@ -40,6 +40,8 @@ SIZES = [
          ]}},
     {"name": "Standard_DS4_v2", "family": "standardDSv2Family", "vCPUs": 8, "gpus": 0},
     {"name": "Standard_F4s_v2", "family": "standardFSv2Family", "vCPUs": 4, "gpus": 0},
+    {"name": "Standard_NC24ads_A100_v4", "family": "StandardNCADSA100v4Family", "vCPUs": 24, "gpus": 1},
+    {"name": "Standard_NC48ads_A100_v4", "family": "StandardNCADSA100v4Family", "vCPUs": 48, "gpus": 2},
 ]  # fmt: skip
 SCIENTIST = {
     "actions": [
