@@ -140,6 +140,15 @@ def rate(transfer: str) -> float:
 
 
 QUALITY = "metrics/quality.json"
+
+
+def gpu_site_us() -> float:
+    """Return the microseconds that our operator's kernels take at one projection of a step."""
+    kernels = look_up("gpu_adapters.json", "kernels")
+    ours = [kernels["lower_one"], kernels["raise_one"]]
+    return sum(each["us"] for each in ours) / ours[0]["count"]
+
+
 DERIVED: dict[str, Callable[[], Any]] = {
     "task_loss_recovered": recovered,
     "prose_loss_recovered": lambda: 100 * look_up(QUALITY, "rtn_loss_recovered"),
@@ -150,7 +159,8 @@ DERIVED: dict[str, Callable[[], Any]] = {
     "adapter_mb": lambda: look_up("merge.json", "adapter.bytes") / 1e6,
     "push_rate": lambda: rate("2000_mb.push"),
     "pull_rate": lambda: rate("2000_mb.pull"),
-    "gpu_base_gb": lambda: look_up("gpu_adapters.json", "ours_adapter.gpu_mib") * 2**20 / 1e9,
+    "gpu_base_gb": lambda: look_up("gpu_adapters.json", "gpu_mib_base") * 2**20 / 1e9,
+    "gpu_site_us": gpu_site_us,
     "gpu_three_gb": lambda: look_up("gpu_adapters.json", "gpu_mib_three_adapters") * 2**20 / 1e9,
 }
 
