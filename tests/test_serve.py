@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -17,10 +18,11 @@ import openai
 import pytest
 from openai import OpenAI
 
+from lab.models.chat import Speaker
 from lab.models.light_tokenizer import LightTokenizer
 from lab.serve import command
 from lab.serve.answer import Answer
-from lab.serve.engine import LEAST, End, Engine, QueueFullError, Request, Sampling
+from lab.serve.engine import LEAST, End, Engine, QueueFullError, Request, Sampling, exact
 from lab.serve.models import Models
 from lab.serve.page import HEADERS, PAGE
 from stages.adapters.convert import convert
@@ -113,6 +115,20 @@ def test_a_short_answer_is_done_before_a_long_one_that_came_first(engine):
     assert [ends.get(timeout=60), ends.get(timeout=60)] == ["short", "long"]
 
 
+def test_newcomers_come_first_and_leave_every_second_turn_to_the_others(engine, monkeypatch):
+    turns, newcomers, read = [], [20, 30, 40], engine._read
+
+    def reading(generator, text, start):
+        turns.append(len(text))
+        if newcomers:
+            submitted(engine, tokens(newcomers.pop(0)), 1)
+        return read(generator, text, start)
+
+    monkeypatch.setattr(engine, "_read", reading)
+    rest(submitted(engine, tokens(900), 1)[1])
+    assert turns[:10] == [900, 20, 900, 30, 900, 40, *[900] * 4]
+
+
 @pytest.mark.parametrize("name", [None, "one"])
 def test_the_next_turn_reads_what_is_new_and_says_the_same(engine, direct, name):
     engine.models.base.ends = direct.ends = set()
@@ -122,7 +138,7 @@ def test_the_next_turn_reads_what_is_new_and_says_the_same(engine, direct, name)
         job, events = submitted(engine, list(text), 20, name)
         answer = rest(events)[0]
         assert answer == direct.generate(text, 20, name)
-        assert job.reused == (0 if turn == 0 else min(known, len(text) - LEAST))
+        assert job.reused == (0 if turn == 0 else exact(min(known, len(text) - LEAST), len(text)))
         text += answer
         known = len(text)
         wait_until(lambda: idle(engine))
@@ -231,6 +247,30 @@ def test_an_adapter_is_replaced_while_its_old_self_still_answers(engine, files, 
         engine.load("three", files[0] / "none").result(60)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_conversation_of_lab_chat_reads_what_is_new_and_says_the_same(files, name, capsys):
+    with closing(Speaker(*files)) as speaker:
+        model, turns, reused = OnnxModel(*files), [], []
+        for question in ("the capital of France is a town " * 12, "and of Spain?", "why?"):
+            turns.append({"role": "user", "content": question})
+            prompt = generation_prompt_ids(speaker.tokenizer, turns)
+            said = speaker.tokenizer.decode(
+                model.generate(prompt, 20, name), skip_special_tokens=True
+            )
+            assert speaker.say(turns, name, 20) == said
+            assert capsys.readouterr().out == said + "\n"
+            turns.append({"role": "assistant", "content": said})
+            reused.append(speaker.engine.counts["reused_tokens"])
+    assert 0 == reused[0] < reused[1] < reused[2]
+
+
+def test_lab_chat_says_in_one_line_why_there_is_no_answer(files, monkeypatch):
+    with closing(Speaker(*files)) as speaker:
+        monkeypatch.setattr(speaker.models, "generator", lambda *_: 1 / 0)
+        with pytest.raises(UserError, match="the model cannot answer: division by zero"):
+            speaker.say(QUESTION, None, 4)
+
+
 class Letters:
     """A tokenizer of one character a token."""
 
@@ -257,6 +297,9 @@ def test_a_stop_text_ends_the_answer_and_is_not_shown(text, stops, expected):
             break
     assert shown + answer.flush() == expected
     assert answer.stopped == (expected != text)
+    together = Answer(Letters(), {0}, stops)
+    assert together.push(*map(ord, text)) + together.flush() == expected
+    assert (together.tokens, together.stopped) == (answer.tokens, answer.stopped)
 
 
 class Server:

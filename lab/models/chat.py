@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import io
 import sys
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lab.models.light_tokenizer import LightTokenizer
 from lab.models.text_stream import TextStream
 from stages.core.errors import UserError
+
+if TYPE_CHECKING:
+    from lab.serve.engine import End
 
 TRAINED = "models/onnx_adapter/adapter.onnx_adapter"
 DEFAULT = "adapter"
@@ -61,13 +66,13 @@ def chat(
         )
     without = no_adapter or takes_none(model)
     adapters = {} if without else parse_adapters(adapter)
-    onnx = Speaker(model, adapters)
     opening: Messages = [{"role": "system", "content": system}] if system else []
-    if question is None:
-        converse(onnx, list(adapters), opening, max_new_tokens)
-    else:
-        messages = [*opening, {"role": "user", "content": question}]
-        ask(onnx, list(adapters), messages, max_new_tokens)
+    with closing(Speaker(model, adapters)) as onnx:
+        if question is None:
+            converse(onnx, list(adapters), opening, max_new_tokens)
+        else:
+            messages = [*opening, {"role": "user", "content": question}]
+            ask(onnx, list(adapters), messages, max_new_tokens)
 
 
 def check_alternatives(adapter: list[str] | None, no_adapter: bool) -> None:
@@ -109,25 +114,39 @@ class Speaker:
 
     def __init__(self, folder: Path, adapters: dict[str, Path]):
         # imported here: a mistake in the words is told at once
-        from stages.answers.generation import OnnxModel
+        from lab.serve.engine import Engine, Request
+        from lab.serve.models import Models
         from stages.text.chats import generation_prompt_ids
 
-        self.prompt_ids = generation_prompt_ids
-        self.model = OnnxModel(folder, adapters)
+        self.prompt_ids, self.request = generation_prompt_ids, Request
+        self.models = Models(folder, adapters, one_graph=True)
         self.tokenizer = LightTokenizer(folder)
+        self.engine = Engine(self.models, slots=1)
+
+    def close(self) -> None:
+        """End the engine's thread: it must not answer any more when Python frees what it uses."""
+        self.engine.close()
 
     def say(self, messages: Messages, adapter: str | None, max_new_tokens: int) -> str:
         """Stream the answer to the terminal and return it.
 
-        The whole conversation is read again, so that no adapter continues from another's keys and values.
+        Of a conversation only what is new is read. No adapter continues from another's keys and values.
         """
         prompt = self.prompt_ids(self.tokenizer, messages)
-        stream, token = TextStream(self.tokenizer), None
-        for token in self.model.stream(prompt, max_new_tokens, adapter):
-            if token not in self.model.ends:
-                show(stream.push(token))
+        used = None if adapter is None else self.models.adapters[adapter]
+        events: SimpleQueue[int | End] = SimpleQueue()
+        job = self.engine.submit(self.request(prompt, max_new_tokens, used), events.put)
+        stream = TextStream(self.tokenizer)
+        try:
+            while isinstance(event := events.get(), int):
+                if event not in self.models.base.ends:
+                    show(stream.push(event))
+        finally:
+            job.cancel()
         show(stream.flush() + "\n")
-        if token is not None and token not in self.model.ends:
+        if event.error is not None:
+            raise UserError(f"the model cannot answer: {event.error}")
+        if event.reason == "length":
             print(f"(cut after {max_new_tokens} tokens: --max-new-tokens)", file=sys.stderr)
         return stream.text
 

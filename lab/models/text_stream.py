@@ -25,9 +25,9 @@ class TextStream:
         self.tokens: list[int] = []
         self.text = ""  # what push and flush have returned so far
 
-    def push(self, token: int) -> str:
-        """Take the next token; return the text that is certain now."""
-        self.tokens.append(token)
+    def push(self, *tokens: int) -> str:
+        """Take the next tokens; return the text that is certain now."""
+        self.tokens += tokens
         return self._grow(self._decoded().rstrip(UNFINISHED))
 
     def flush(self) -> str:

@@ -19,14 +19,26 @@ class Answer:
         self._stops = stops
         self._held = ""
 
-    def push(self, token: int) -> str:
-        """Take the next token; return the text that is certain now."""
-        self.tokens += 1
-        return "" if token in self._ends else self._release(self._stream.push(token))
+    def push(self, *tokens: int) -> str:
+        """Take the next tokens, those after a stop text left out; return the text that is certain now."""
+        if not self._stops:
+            return self._take(*tokens)
+        text = ""
+        for token in tokens:
+            text += self._take(token)
+            if self.stopped:
+                break
+        return text
 
     def flush(self) -> str:
         """Return what is left when no token comes any more."""
         return self._release(self._stream.flush(), last=True)
+
+    def _take(self, *tokens: int) -> str:
+        self.tokens += len(tokens)
+        return self._release(
+            self._stream.push(*(token for token in tokens if token not in self._ends))
+        )
 
     def _release(self, new: str, last: bool = False) -> str:
         if not self._stops:

@@ -4,7 +4,8 @@
     job = engine.submit(Request(prompt, max_new_tokens=64), sink=print)
 
 A turn is one token, or the reading of some tokens of a prompt, so that a short question does not wait for
-a long one. The engine knows tokens only, no text and no web: the sink gets each token and at last an `End`.
+a long one; a newcomer's first turn is the next one. The engine knows tokens only, no text and no web: the
+sink gets each token and at last an `End`.
 
 The generator of a finished answer is kept, with its keys and values, for the conversation's next turn, which
 then begins sooner. It goes on only with the adapter and the search options that it was made for. And it
@@ -30,7 +31,9 @@ from stages.core.errors import UserError
 
 # Tokens of a prompt that are read in one turn: about 80 ms of SmolLM2-135M on two cores. What is left to the
 # last turn is never a few tokens only: kernels add those up in another order, and int8 activations make half
-# a logit of that. From 65 tokens on keys and values are those of a prompt that is read at once, to the bit.
+# a logit of that. From 65 tokens on keys and values are those of a prompt that is read at once, to the bit,
+# if a piece begins where `even` and `exact` say: kernels take two tokens at a time, and one that is left over
+# differently, once more so where it is the only one behind a multiple of 128.
 CHUNK, LEAST = 128, 65
 # for so many tokens more than asked a new generator has room: the conversation's next turn
 ROOM = 512
@@ -99,6 +102,7 @@ class Job:
     read: int = 0  # tokens that the generator has been given, the ones it made included
     reused: int = 0  # tokens of the prompt that it knew already
     started: float = field(default_factory=time.monotonic)
+    begun: bool = False  # has had a turn
     left: bool = False
     worth_keeping: bool = False
 
@@ -135,6 +139,7 @@ class Engine:
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._kept: list[Kept] = []  # the one that was used last comes last
         self._retired: list[Adapter] = []
+        self._newcomer = False  # had the last turn, before somebody else
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -223,9 +228,10 @@ class Engine:
                 while self._waiting and len(self._active) < self.slots:
                     self._active.append(self._waiting.popleft())
                 calls, self._calls = self._calls, deque()
+                job = self._next() if self._active else None
             for work, future in calls:
                 answer(future, work)
-            for job in list(self._active):
+            if job is not None:
                 self._turn(job)
             if unsettled and not self._active:
                 self._settle(unsettled[-1])
@@ -236,6 +242,16 @@ class Engine:
         for _, future in self._calls:
             future.cancel()
         self._active, self._kept = [], []
+
+    def _next(self) -> Job:
+        """Return whose turn it is: a newcomer's, but at most every second while others wait."""
+        new = [job for job in self._active if not job.begun]
+        others = [job for job in self._active if job.begun]
+        job = (others or new if self._newcomer else new or others)[0]
+        self._newcomer, job.begun = bool(others) and not job.begun, True
+        # another list, not a change of this one: other threads count it
+        self._active = [*(each for each in self._active if each is not job), job]
+        return job
 
     def _turn(self, job: Job) -> None:
         """Give a job its turn. What goes wrong ends that job alone."""
@@ -298,6 +314,7 @@ class Engine:
                 continue
             self._kept.remove(kept)
             known = min(common(kept.text, prompt), kept.sure, len(prompt) - LEAST)
+            known = exact(known, len(prompt))
             reach = self.models.base.limits.reach
             if length > kept.capacity or known < LEAST or reach(known) != reach(len(prompt)):
                 return False  # it is of this conversation, and of no use for what comes
@@ -309,7 +326,7 @@ class Engine:
 
     def _settle(self, kept: Kept) -> None:
         """Read some of a kept answer as the conversation's next turn would."""
-        start = min(kept.sure, len(kept.text) - LEAST)
+        start = even(min(kept.sure, len(kept.text) - LEAST))
         try:
             rewind(kept.generator, start)
             kept.sure = start + self._read(kept.generator, kept.text, start)
@@ -388,6 +405,19 @@ def rewind(generator: Any, known: int) -> None:
     """
     if generator.token_count() != known:
         generator.rewind_to(known)
+
+
+def even(place: int) -> int:
+    """Return the last place up to here where a piece may begin."""
+    return place - place % 2
+
+
+def exact(place: int, end: int) -> int:
+    """Return the last place up to here from which reading to the end is as if from the start."""
+    if end % 128 == 1:
+        return place - place % 128
+    place = even(place)
+    return place - 2 if (end - place) % 128 == 1 else place
 
 
 def common(left: list[int], right: list[int]) -> int:

@@ -3,7 +3,8 @@
 models = Models(Path("models/onnx"), {"travel": Path("travel.onnx_adapter")})
 models.generator(models.adapters["travel"], 512)
 
-The base has a graph without LoRA inputs, which is faster; all adapters share the other one.
+The base has a graph without LoRA inputs, which is faster; all adapters share the other one. With `one_graph`
+the base answers by that one too: its weights are then there once, not twice.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ class Adapter:
 class Models:
     """One folder's models. Only one thread at a time may call its methods."""
 
-    def __init__(self, folder: Path, adapters: Mapping[str, Path]):
+    def __init__(self, folder: Path, adapters: Mapping[str, Path], one_graph: bool = False):
         self.folder = folder
-        self.base = OnnxModel(folder)
         self.adapters: dict[str, Adapter] = {}
         self._tuned: OnnxModel | None = None  # opened for the first adapter
         self._numbers = itertools.count(1)
+        if not one_graph:
+            self.base = OnnxModel(folder)
         for name, file in adapters.items():
             self.load(name, file)
+        if one_graph:
+            self.base = self._tuned or OnnxModel(folder)
 
     def load(self, name: str, file: Path) -> None:
         """Load an adapter under a name that is free. Raises `UserError` for a file that does not fit."""
