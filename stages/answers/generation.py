@@ -135,7 +135,10 @@ class OnnxModel:
     def generate_many(
         self, prompts: list[list[int]], max_new_tokens: int, adapter: str | None = None
     ) -> list[list[int]]:
-        """Return what `generate` does for every prompt, at once. All must have one number of tokens.
+        """Return an answer to every prompt, at once. All must have one number of tokens.
+
+        Products of several rows are summed in another order than those of one: where two tokens are about as
+        likely, an answer can go on otherwise than `generate` lets it.
 
         The runtime takes a padding token at a prompt's end for padding, where prompts come in batches:
         with such a prompt among them they are answered one by one.
