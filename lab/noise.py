@@ -67,7 +67,7 @@ def check_ready(keys: Collection[str]) -> None:
     if dirty:
         changed = ", ".join(line[2:].strip() for line in dirty.splitlines()[:3])
         raise UserError(
-            f"uncommitted changes ({changed}): commit them first, {NOISE} names a commit"
+            f"uncommitted changes ({changed}): commit them first, what runs starts from a commit"
         )
     if flat(values_of(compose())) != flat(values_of(text_of(PARAMS))):
         raise UserError(

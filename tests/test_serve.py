@@ -18,12 +18,12 @@ import openai
 import pytest
 from openai import OpenAI
 
+from lab.engine.models import Models
+from lab.engine.turns import LEAST, End, Engine, QueueFullError, Request, Sampling, exact
 from lab.models.chat import Speaker
 from lab.models.light_tokenizer import LightTokenizer
 from lab.serve import command
 from lab.serve.answer import Answer
-from lab.serve.engine import LEAST, End, Engine, QueueFullError, Request, Sampling, exact
-from lab.serve.models import Models
 from lab.serve.page import HEADERS, PAGE
 from stages.adapters.convert import convert
 from stages.answers.generation import OnnxModel

@@ -23,8 +23,8 @@ OURS = ("lab", "stages")
 LOCKS = ("cpu.txt", "serve.txt")
 AS_THEY_ARE = {"Dockerfile": "Dockerfile", "compose.yaml": "compose.yaml", "README.md": "folder.md"}
 LIST = "files.sha256"
-# never imported by the server: what loads a tokenizer for the stages, and fsspec's remote files
-NOT_NEEDED = {"transformers", "aiohttp"}
+# never imported by the server: what stages load tokenizers with and run in, and fsspec's remote files
+NOT_NEEDED = {"transformers", "torch", "aiohttp"}
 
 
 def write(folder: Path) -> bool:

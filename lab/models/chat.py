@@ -23,7 +23,7 @@ from lab.models.text_stream import TextStream
 from stages.core.errors import UserError
 
 if TYPE_CHECKING:
-    from lab.serve.engine import End
+    from lab.engine.turns import End
 
 TRAINED = "models/onnx_adapter/adapter.onnx_adapter"
 DEFAULT = "adapter"
@@ -114,8 +114,8 @@ class Speaker:
 
     def __init__(self, folder: Path, adapters: dict[str, Path]):
         # imported here: a mistake in the words is told at once
-        from lab.serve.engine import Engine, Request
-        from lab.serve.models import Models
+        from lab.engine.models import Models
+        from lab.engine.turns import Engine, Request
         from stages.text.chats import generation_prompt_ids
 
         self.prompt_ids, self.request = generation_prompt_ids, Request

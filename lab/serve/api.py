@@ -24,12 +24,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
+from lab.engine import turns as engines
+from lab.engine.models import Adapter
+from lab.engine.turns import ClosedError, End, Engine, QueueFullError
 from lab.models.light_tokenizer import LightTokenizer
-from lab.serve import engine as engines
 from lab.serve.answer import Answer
-from lab.serve.engine import ClosedError, End, Engine, QueueFullError
 from lab.serve.metrics import exposition
-from lab.serve.models import Adapter
 from lab.serve.page import HEADERS, PAGE
 from lab.serve.protocol import (
     ApiError,

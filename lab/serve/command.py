@@ -67,9 +67,9 @@ def serve(
         raise UserError(f"{model} takes no adapter: leave --adapter out")
     adapters = {} if no_adapter or takes_none(model) else parse_adapters(adapter)
     need_packages()
+    from lab.engine.models import Models
+    from lab.engine.turns import Engine
     from lab.serve.api import Service, loopback  # takes half a second
-    from lab.serve.engine import Engine
-    from lab.serve.models import Models
 
     if not (api_key or behind_gateway or loopback(host)):
         raise UserError(f"--host {host} is open to others: set --api-key or LAB_API_KEY")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab.serve.engine import Engine
+from lab.engine.turns import Engine
 
 COUNTERS = {  # the engine's count: what it means
     "prompt_tokens": "Tokens of prompts.",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lab.serve.engine import Sampling
+from lab.engine.turns import Sampling
 
 # of what is not done here, the values that ask for nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -208,7 +208,8 @@ def in_cache(
 def cache_folder() -> Path:
     """Return a folder that only this user writes to: in the cache, or for this process alone."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "olive-lab"
+        cache = os.environ.get("XDG_CACHE_HOME")
+        folder = Path(cache or Path.home().resolve(strict=True) / ".cache") / "olive-lab"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mine = folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK)
     except (OSError, RuntimeError):  # no home, or one that cannot be written to

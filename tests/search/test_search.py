@@ -1,6 +1,7 @@
 """lab search on a toy pipeline under the real DVC: what runs, what does not, and what is said of it."""
 
 import os
+import re
 import signal
 import sys
 
@@ -12,6 +13,7 @@ from support.project import ROOT, Project
 
 pytestmark = pytest.mark.slow
 SPACE = ["finetune.rank=4,8,16", "quantize=awq,rtn", "--maximize", "chrf"]
+FOUR = ["finetune.rank=8,16", "quantize=awq,rtn", "--maximize", "chrf"]  # where fewer points do
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +82,7 @@ def test_a_small_space_is_tried_whole_its_winner_tested_once_and_nothing_runs_ag
     trial = winner(said).split("best: ")[1].split()[0]
     refused = repository.run(sys.executable, "-m", "lab.cli", "promote", trial, exits=1)
     assert "was asked the validation prompts" in refused
-    name = winner(said).split("lab promote ")[1].split()[0]
+    name = winner(said).split("make it the default: lab promote ")[1].split()[0]
     repository.run(sys.executable, "-m", "lab.cli", "promote", name)
     assert '"chrf": 16.5' in (repository.root / "metrics/quality.json").read_text()
     assert "quantize: rtn" in (repository.root / "conf/config.yaml").read_text()
@@ -133,23 +135,23 @@ def test_experiments_of_others_are_trials(repository, log):
 
 def test_a_trial_that_fails_is_named_and_the_search_goes_on(repository, log, monkeypatch):
     monkeypatch.setenv("FAILS", "finetune")
-    said = search(repository, *SPACE)
+    said = search(repository, *FOUR)
     assert said.count("failed: finetune: rank 16 is not my size") == 2
-    assert "6 trials: 4 finished, 2 failed" in said
+    assert "4 trials: 2 finished, 2 failed" in said
     assert "finetune.rank=8 quantize=rtn" in winner(said)
 
 
 def test_killed_after_each_step_it_ends_with_the_same_winner_and_runs_no_stage_twice(
     repository, toy_once, log, tmp_path, monkeypatch
 ):
-    expected = winner(search(repository, *SPACE, "--under", "onnx_mb=3"))
+    expected = winner(search(repository, *FOUR, "--under", "onnx_mb=3"))
     counted = toy.ran(log)
     again = toy_once.copy(tmp_path / "again")
     log.unlink()
     monkeypatch.setenv("TAKES", "0.2")
     steps = 0
     while True:
-        process = start(again, *SPACE, "--under", "onnx_mb=3")
+        process = start(again, *FOUR, "--under", "onnx_mb=3")
         seen = sum(toy.ran(log).values())
         wait_until(lambda p=process, n=seen: p.poll() is not None or sum(toy.ran(log).values()) > n)
         if process.poll() is not None:
@@ -159,7 +161,7 @@ def test_killed_after_each_step_it_ends_with_the_same_winner_and_runs_no_stage_t
         process.communicate()
         steps += 1
     said = output_of(process)
-    assert steps >= 6
+    assert steps >= 4
     assert winner(said) == expected
     assert toy.ran(log) == counted
 
@@ -185,14 +187,14 @@ def test_two_searches_at_once_share_the_work(repository, log, monkeypatch):
 
 def test_ctrl_c_ends_the_run_and_says_how_to_go_on(repository, log, monkeypatch):
     monkeypatch.setenv("TAKES", "20")
-    process = start(repository, *SPACE, start_new_session=True)
+    process = start(repository, *FOUR, start_new_session=True)
     wait_until(lambda: toy.ran(log))
     os.killpg(process.pid, signal.SIGINT)
     said = output_of(process)
     assert process.returncode == 1
     assert said.endswith("lab: interrupted: what has run is kept, and the same command continues\n")
     monkeypatch.setenv("TAKES", "0")
-    assert "finetune.rank=16 quantize=rtn" in winner(search(repository, *SPACE))
+    assert "finetune.rank=16 quantize=rtn" in winner(search(repository, *FOUR))
 
 
 def test_a_dry_run_says_what_there_is_to_do_and_runs_nothing(repository, log):
@@ -211,7 +213,7 @@ def test_a_space_without_end_is_searched_by_a_number_of_trials(repository, log):
 
 
 def test_several_goals_end_in_the_trials_that_no_other_beats(repository, log):
-    said = search(repository, *SPACE, "--minimize", "onnx_mb")
+    said = search(repository, *FOUR, "--minimize", "onnx_mb")
     table = said[said.index("not beaten in all 2 by another") :]
     assert [line.split()[1:] for line in table.splitlines() if line.startswith("trial-")] == [
         ["17", "2"],
@@ -248,4 +250,4 @@ def test_it_wants_the_commit_as_it_is_and_as_it_ran(repository):
     assert said.startswith("lab: uncommitted changes (work.py): commit them first")
     repository.commit()
     said = search(repository, *SPACE, exits=1)
-    assert said.startswith("lab: dvc.lock is out of date (quantize, finetune,")
+    assert re.match(r"lab: dvc\.lock is out of date \(.*quantize, finetune,", said)

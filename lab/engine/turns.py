@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from lab.serve.models import Adapter, Models
+from lab.engine.models import Adapter, Models
 from stages.core.errors import UserError
 
 # Tokens of a prompt that are read in one turn: about 80 ms of SmolLM2-135M on two cores. What is left to the
