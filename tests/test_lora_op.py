@@ -73,9 +73,10 @@ def test_the_sum_is_that_of_numpy_for_any_sizes(rank, inside, outside, session, 
     operator.remove(number)
 
 
-def test_half_the_bytes_round_by_a_thousandth(session, operator):
+@pytest.mark.parametrize("size", [1, 1e-7, 1e6])  # float16 keeps one digit of the second, and nothing of the third
+def test_half_the_bytes_round_by_a_thousandth(session, operator, size):
     run = session("half", "AddLora").run
-    a, b, x = numbers(1, 576, 16), numbers(2, 16, 1536), numbers(3, 1, 5, 576)
+    a, b, x = numbers(1, 576, 16), numbers(2, 16, 1536) * np.float32(size), numbers(3, 1, 5, 576)
     number = operator.add({"half": (a, b)}, HALF)
     (found,) = run(
         None, {"x": x, "y": np.zeros((1, 5, 1536), np.float32), NUMBER: np.array([number])}

@@ -13,6 +13,7 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -85,6 +86,7 @@ typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4
 typedef struct {
   int64_t in, out, rank; /* rank: a multiple of LANES */
   int half;              /* are A and B float16? Half the bytes to read, and decoding waits for bytes */
+  float scale;           /* of x·A, as A and B may be kept divided by a power of two */
   void *a, *b;
 } Site;
 
@@ -170,21 +172,31 @@ static void *room_for(const Site *site, int64_t elements) {
   return aligned_alloc(64, (bytes_of(site, elements) + 63) / 64 * 64);
 }
 
-static void *panels_of_a(const float *a, const Site *site, int64_t given) {
+/* Returns the power of two by which numbers are divided so that none is above 1: float16 ends at 65504, and keeps
+ * few digits of what is below 0.00006. */
+static float range_of(const float *numbers, int64_t count, const Site *site) {
+  float most = 0;
+  int exponent = 0;
+  for (int64_t i = 0; site->half && i < count; i++) most = fmaxf(most, fabsf(numbers[i]));
+  if (most > 0 && isfinite(most)) frexpf(most, &exponent);
+  return ldexpf(1, exponent);
+}
+
+static void *panels_of_a(const float *a, const Site *site, int64_t given, float range) {
   void *panels = room_for(site, site->rank * site->in);
   for (int64_t j = 0; panels && j < site->rank; j++)
     for (int64_t k = 0; k < site->in; k++) {
-      float value = j < given ? a[k * given + j] : 0;
+      float value = j < given ? a[k * given + j] / range : 0;
       put(panels, (j / LANES * site->in + k) * LANES + j % LANES, value, site->half);
     }
   return panels;
 }
 
-static void *panels_of_b(const float *b, const Site *site, int64_t given) {
+static void *panels_of_b(const float *b, const Site *site, int64_t given, float range) {
   void *panels = room_for(site, panels_of(site) * WIDE * site->rank);
   for (int64_t n = 0; panels && n < panels_of(site) * WIDE; n++)
     for (int64_t j = 0; j < site->rank; j++) {
-      float value = j < given && n < site->out ? b[j * site->out + n] : 0;
+      float value = j < given && n < site->out ? b[j * site->out + n] / range : 0;
       put(panels, (n / WIDE * site->rank + j) * WIDE + n % WIDE, value, site->half);
     }
   return panels;
@@ -218,7 +230,7 @@ INLINE void sum_part_of_x(const Work *work, size_t chunk, int half) {
     for (; k + 4 <= to; k += 4)
       for (int i = 0; i < 4; i++) sums[i] += get(site->a, a + (k + i) * LANES, half) * work->x[k + i];
     for (; k < to; k++) sums[0] += get(site->a, a + k * LANES, half) * work->x[k];
-    *(Lanes *)(work->partial + chunk * site->rank + j) = sums[0] + sums[1] + sums[2] + sums[3];
+    *(Lanes *)(work->partial + chunk * site->rank + j) = (sums[0] + sums[1] + sums[2] + sums[3]) * site->scale;
   }
 }
 
@@ -271,7 +283,7 @@ INLINE void multiply_by_a(const Site *site, const float *x, int64_t count, float
       else
         for (int64_t t = 0; t < count; t++) sums[t] += row * x[t * site->in + k];
     }
-    for (int64_t t = 0; t < count; t++) *(Lanes *)(low + t * site->rank + j) = sums[t];
+    for (int64_t t = 0; t < count; t++) *(Lanes *)(low + t * site->rank + j) = sums[t] * site->scale;
   }
 }
 
@@ -413,8 +425,13 @@ const char *adapter_site(int64_t number, const char *name, int64_t in, int64_t o
   Site *site = &adapter->sites[place];
   site->in = in, site->out = out, site->rank = (rank + LANES - 1) / LANES * LANES;
   site->half = WIDENS && adapter->kind == HALF;
-  site->a = on_gpu ? uploaded(a, in * rank * 2) : panels_of_a(a, site, rank);
-  site->b = on_gpu ? uploaded(b, rank * out * 2) : panels_of_b(b, site, rank);
+  if (on_gpu)
+    site->a = uploaded(a, in * rank * 2), site->b = uploaded(b, rank * out * 2);
+  else {
+    float of_a = range_of(a, in * rank, site), of_b = range_of(b, rank * out, site);
+    site->scale = of_a * of_b;
+    site->a = panels_of_a(a, site, rank, of_a), site->b = panels_of_b(b, site, rank, of_b);
+  }
   return site->a && site->b ? 0 : "out of memory";
 }
 

@@ -29,7 +29,7 @@ import numpy as np
 SOURCE = Path(__file__).with_name("add_lora.c")
 KERNELS = Path(__file__).with_name("add_lora.cu")
 FLAGS = ["-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC"]
-LIBRARIES = ["-ldl", "-lpthread"]
+LIBRARIES = ["-ldl", "-lm", "-lpthread"]
 # the driver compiles for the card at hand from this
 PTX_FOR = "compute_75"
 EIGHT = 8  # a GPU reads ranks in eights
