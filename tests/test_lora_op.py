@@ -17,7 +17,7 @@ from stages.lora_op import DOMAIN, NUMBER, library
 from support.tiny_models import FAMILIES, checkpoint, exported, logits, same, tokens, trained
 
 PROMPT = tokens(12)
-HALF, EXACT = 0, 1
+ROUNDED, EXACT = 0, 1
 pytestmark = pytest.mark.skipif(
     bool(library.why_not(on_gpu=False)), reason=library.why_not(on_gpu=False)
 )
@@ -73,17 +73,17 @@ def test_the_sum_is_that_of_numpy_for_any_sizes(rank, inside, outside, session, 
     operator.remove(number)
 
 
-@pytest.mark.parametrize("size", [1, 1e-7, 1e6])  # float16 keeps one digit of the second, and nothing of the third
-def test_half_the_bytes_round_by_a_thousandth(session, operator, size):
+@pytest.mark.parametrize("size", [1, 1e-7, 1e6])
+def test_eight_bits_round_by_a_hundredth_whatever_the_size(session, operator, size):
     run = session("half", "AddLora").run
     a, b, x = numbers(1, 576, 16), numbers(2, 16, 1536) * np.float32(size), numbers(3, 1, 5, 576)
-    number = operator.add({"half": (a, b)}, HALF)
+    number = operator.add({"half": (a, b)}, ROUNDED)
     (found,) = run(
         None, {"x": x, "y": np.zeros((1, 5, 1536), np.float32), NUMBER: np.array([number])}
     )
     wanted = x @ a @ b
-    off = np.abs(found - wanted).max() / np.abs(wanted).max()
-    assert off < 2**-10  # float16 has 11 bits
+    # of normal numbers the largest is four times the usual one: a step is a 30th of that, and errors cancel
+    assert (found - wanted).std() < 0.02 * wanted.std()
     operator.remove(number)
 
 

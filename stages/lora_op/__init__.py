@@ -3,7 +3,7 @@
 add_lora.c is the operator, add_lora.cu has its kernels for a GPU, and library.py compiles both;
 stages/graph/lora_graph.py writes the graph that uses it.
 
-AddLora keeps A and B in float16, as its graph rounds activations to int8 anyway; AddLoraExact in float32.
+AddLora keeps A and B in int8, as its graph rounds activations anyway; AddLoraExact in float32.
 """
 
 DOMAIN = "olive_lab"

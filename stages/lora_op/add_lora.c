@@ -5,7 +5,7 @@
  * `adapter_add` and `adapter_site` keep an adapter's A and B under a number; 0 is none, and adds nothing. The
  * runtime's own way, A and B as inputs of every run, reads them in float32 on one core, or copies them to the
  * GPU at every token. There are three of its kind: AddLora and AddLoraExact for the CPU, where y and x are float32,
- * and A and B are kept in float16 or float32, and AddLoraCuda for a GPU, all in float16.
+ * and A and B are kept in int8, with a step for each rank, or in float32, and AddLoraCuda for a GPU, all in float16.
  *
  * stages/lora_op/library.py compiles this file where it runs. The runtime's C interface is a table of functions
  * that only grows at its end, and so is its description of an operator: places and fields are those of
@@ -18,6 +18,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 /* ---- What is used of ONNX Runtime ---- */
 
@@ -76,17 +79,18 @@ static Status *status(Api api, const char *message) {
 
 /* ---- Adapters ---- */
 
-typedef enum { HALF, EXACT, ON_GPU } Kind; /* of an operator, and of the adapters that it takes */
+typedef enum { ROUNDED, EXACT, ON_GPU } Kind; /* of an operator, and of the adapters that it takes */
 
 enum { LANES = 8, WIDE = 4 * LANES, SITES = 4096, NAME = 192, MOST_RANKS = 1024 };
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
 
 /* On the CPU: A in panels of LANES ranks, [rank / LANES][in][LANES], and B in panels of WIDE columns,
  * [out / WIDE][rank][WIDE], filled up with zeros. On a GPU: [in][rank] and [rank][out]. */
 typedef struct {
   int64_t in, out, rank; /* rank: a multiple of LANES */
-  int half;              /* are A and B float16? Half the bytes to read, and decoding waits for bytes */
-  float scale;           /* of x·A, as A and B may be kept divided by a power of two */
+  int rounded;           /* are A and B int8? A quarter of the bytes to read, and decoding waits for bytes */
+  float *steps;          /* [rank], of a rank's column of A times that of its row of B; on the CPU */
   void *a, *b;
 } Site;
 
@@ -140,31 +144,24 @@ static Adapter *find(int64_t number) {
 
 /* ---- On the CPU ---- */
 
-#ifdef __F16C__
-#include <immintrin.h>
-enum { WIDENS = 1 }; /* the processor, as it reads */
-static uint16_t narrow(float value) { return _cvtss_sh(value, 0); }
-static inline Lanes widen(const uint16_t *from) {
-  return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-}
+static inline __attribute__((always_inline)) Lanes get(const void *from, int64_t place, int rounded) {
+  if (!rounded) return *(const Lanes *)((const float *)from + place);
+  const int8_t *bytes = (const int8_t *)from + place;
+#ifdef __AVX2__ /* in two instructions, which gcc 12 does not find */
+  return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes)));
 #else
-enum { WIDENS = 0 };
-static uint16_t narrow(float value) { return 0; }
-static inline Lanes widen(const uint16_t *from) { return (Lanes){0}; }
+  return __builtin_convertvector(*(const Bytes *)bytes, Lanes);
 #endif
-
-static inline __attribute__((always_inline)) Lanes get(const void *from, int64_t place, int half) {
-  return half ? widen((const uint16_t *)from + place) : *(const Lanes *)((const float *)from + place);
 }
 
-static void put(void *to, int64_t place, float value, int half) {
-  if (half)
-    ((uint16_t *)to)[place] = narrow(value);
+static void put(void *to, int64_t place, float value, int rounded) {
+  if (rounded)
+    ((int8_t *)to)[place] = lrintf(value);
   else
     ((float *)to)[place] = value;
 }
 
-static int64_t bytes_of(const Site *site, int64_t elements) { return elements * (site->half ? 2 : 4); }
+static int64_t bytes_of(const Site *site, int64_t elements) { return elements * (site->rounded ? 1 : 4); }
 
 static int64_t panels_of(const Site *site) { return (site->out + WIDE - 1) / WIDE; }
 
@@ -172,37 +169,34 @@ static void *room_for(const Site *site, int64_t elements) {
   return aligned_alloc(64, (bytes_of(site, elements) + 63) / 64 * 64);
 }
 
-/* Returns the power of two by which numbers are divided so that none is above 1: float16 ends at 65504, and keeps
- * few digits of what is below 0.00006. */
-static float range_of(const float *numbers, int64_t count, const Site *site) {
+/* Returns the step of a rank's numbers, of which the largest becomes 127; 1 where they stay as they are. */
+static float step_of(const float *numbers, int64_t count, int64_t apart, int rounded) {
   float most = 0;
-  int exponent = 0;
-  for (int64_t i = 0; site->half && i < count; i++) most = fmaxf(most, fabsf(numbers[i]));
-  if (most > 0 && isfinite(most)) frexpf(most, &exponent);
-  return ldexpf(1, exponent);
+  for (int64_t i = 0; rounded && i < count; i++) most = fmaxf(most, fabsf(numbers[i * apart]));
+  return most > 0 ? most / 127 : 1;
 }
 
-static void *panels_of_a(const float *a, const Site *site, int64_t given, float range) {
+static void *panels_of_a(const float *a, const Site *site, int64_t given, const float *steps) {
   void *panels = room_for(site, site->rank * site->in);
   for (int64_t j = 0; panels && j < site->rank; j++)
     for (int64_t k = 0; k < site->in; k++) {
-      float value = j < given ? a[k * given + j] / range : 0;
-      put(panels, (j / LANES * site->in + k) * LANES + j % LANES, value, site->half);
+      float value = j < given ? a[k * given + j] / steps[j] : 0;
+      put(panels, (j / LANES * site->in + k) * LANES + j % LANES, value, site->rounded);
     }
   return panels;
 }
 
-static void *panels_of_b(const float *b, const Site *site, int64_t given, float range) {
+static void *panels_of_b(const float *b, const Site *site, int64_t given, const float *steps) {
   void *panels = room_for(site, panels_of(site) * WIDE * site->rank);
   for (int64_t n = 0; panels && n < panels_of(site) * WIDE; n++)
     for (int64_t j = 0; j < site->rank; j++) {
-      float value = j < given && n < site->out ? b[j * site->out + n] / range : 0;
-      put(panels, (n / WIDE * site->rank + j) * WIDE + n % WIDE, value, site->half);
+      float value = j < given && n < site->out ? b[j * site->out + n] / steps[j] : 0;
+      put(panels, (n / WIDE * site->rank + j) * WIDE + n % WIDE, value, site->rounded);
     }
   return panels;
 }
 
-enum { BLOCK = 8, MOST_CHUNKS = 64, CHUNK = 32 << 10 }; /* tokens; chunks; bytes of a chunk, for one thread */
+enum { BLOCK = 8, MOST_CHUNKS = 64, CHUNK = 64 << 10 }; /* tokens; chunks; bytes of a chunk, for one thread */
 
 typedef struct {
   const Site *site;
@@ -217,10 +211,10 @@ static int64_t chunks_of(int64_t bytes) {
   return chunks > MOST_CHUNKS ? MOST_CHUNKS : chunks;
 }
 
-#define INLINE static inline __attribute__((always_inline)) /* compiled for half and for not half */
+#define INLINE static inline __attribute__((always_inline)) /* compiled for both */
 
 /* One token's x·A over a part of x. */
-INLINE void sum_part_of_x(const Work *work, size_t chunk, int half) {
+INLINE void sum_part_of_x(const Work *work, size_t chunk, int rounded) {
   const Site *site = work->site;
   int64_t from = site->in * chunk / work->chunks, to = site->in * (chunk + 1) / work->chunks;
   for (int64_t j = 0; j < site->rank; j += LANES) {
@@ -228,26 +222,26 @@ INLINE void sum_part_of_x(const Work *work, size_t chunk, int half) {
     Lanes sums[4] = {{0}}; /* four, as an addition waits for the one before it */
     int64_t k = from;
     for (; k + 4 <= to; k += 4)
-      for (int i = 0; i < 4; i++) sums[i] += get(site->a, a + (k + i) * LANES, half) * work->x[k + i];
-    for (; k < to; k++) sums[0] += get(site->a, a + k * LANES, half) * work->x[k];
-    *(Lanes *)(work->partial + chunk * site->rank + j) = (sums[0] + sums[1] + sums[2] + sums[3]) * site->scale;
+      for (int i = 0; i < 4; i++) sums[i] += get(site->a, a + (k + i) * LANES, rounded) * work->x[k + i];
+    for (; k < to; k++) sums[0] += get(site->a, a + k * LANES, rounded) * work->x[k];
+    *(Lanes *)(work->partial + chunk * site->rank + j) = (sums[0] + sums[1] + sums[2] + sums[3]) * *(Lanes *)(site->steps + j);
   }
 }
 
 static void part_of_x(void *data, size_t chunk) {
   const Work *work = data;
-  if (work->site->half)
+  if (work->site->rounded)
     sum_part_of_x(work, chunk, 1);
   else
     sum_part_of_x(work, chunk, 0);
 }
 
 /* Adds low·B, low [rank], to the columns of one panel. */
-INLINE void add_panel_as(const Site *site, int64_t panel, const float *low, float *y, int half) {
+INLINE void add_panel_as(const Site *site, int64_t panel, const float *low, float *y, int rounded) {
   int64_t b = panel * site->rank * WIDE;
   Lanes sums[4] = {{0}};
   for (int64_t j = 0; j < site->rank; j++)
-    for (int i = 0; i < 4; i++) sums[i] += get(site->b, b + j * WIDE + i * LANES, half) * low[j];
+    for (int i = 0; i < 4; i++) sums[i] += get(site->b, b + j * WIDE + i * LANES, rounded) * low[j];
   int64_t left = site->out - panel * WIDE;
   y += panel * WIDE;
   if (left >= WIDE)
@@ -257,7 +251,7 @@ INLINE void add_panel_as(const Site *site, int64_t panel, const float *low, floa
 }
 
 static void add_panel(const Site *site, int64_t panel, const float *low, float *y) {
-  if (site->half)
+  if (site->rounded)
     add_panel_as(site, panel, low, y, 1);
   else
     add_panel_as(site, panel, low, y, 0);
@@ -273,17 +267,17 @@ static void part_of_columns(void *data, size_t chunk) {
 }
 
 /* x·A of `count` tokens, at most a block, to low, [count][rank]. */
-INLINE void multiply_by_a(const Site *site, const float *x, int64_t count, float *low, int half) {
+INLINE void multiply_by_a(const Site *site, const float *x, int64_t count, float *low, int rounded) {
   for (int64_t j = 0; j < site->rank; j += LANES) {
     Lanes sums[BLOCK] = {{0}};
     for (int64_t k = 0; k < site->in; k++) {
-      Lanes row = get(site->a, (j * site->in) + k * LANES, half);
+      Lanes row = get(site->a, j * site->in + k * LANES, rounded);
       if (count == BLOCK)
         for (int t = 0; t < BLOCK; t++) sums[t] += row * x[t * site->in + k];
       else
         for (int64_t t = 0; t < count; t++) sums[t] += row * x[t * site->in + k];
     }
-    for (int64_t t = 0; t < count; t++) *(Lanes *)(low + t * site->rank + j) = sums[t] * site->scale;
+    for (int64_t t = 0; t < count; t++) *(Lanes *)(low + t * site->rank + j) = sums[t] * *(Lanes *)(site->steps + j);
   }
 }
 
@@ -293,7 +287,7 @@ static void block_of_tokens(void *data, size_t block) {
   const Site *site = work->site;
   int64_t first = block * BLOCK, count = work->tokens - first < BLOCK ? work->tokens - first : BLOCK;
   float *low = work->partial + first * site->rank;
-  if (site->half)
+  if (site->rounded)
     multiply_by_a(site, work->x + first * site->in, count, low, 1);
   else
     multiply_by_a(site, work->x + first * site->in, count, low, 0);
@@ -424,14 +418,19 @@ const char *adapter_site(int64_t number, const char *name, int64_t in, int64_t o
   if (on_gpu && (rank % LANES || rank > MOST_RANKS)) return "its rank is too large for the GPU";
   Site *site = &adapter->sites[place];
   site->in = in, site->out = out, site->rank = (rank + LANES - 1) / LANES * LANES;
-  site->half = WIDENS && adapter->kind == HALF;
-  if (on_gpu)
+  site->rounded = adapter->kind == ROUNDED;
+  if (on_gpu) {
     site->a = uploaded(a, in * rank * 2), site->b = uploaded(b, rank * out * 2);
-  else {
-    float of_a = range_of(a, in * rank, site), of_b = range_of(b, rank * out, site);
-    site->scale = of_a * of_b;
-    site->a = panels_of_a(a, site, rank, of_a), site->b = panels_of_b(b, site, rank, of_b);
+    return site->a && site->b ? 0 : "out of memory";
   }
+  float *steps = calloc(3 * site->rank, sizeof(float)), *of_a = steps + site->rank, *of_b = of_a + site->rank;
+  if (!(site->steps = steps)) return "out of memory";
+  for (int64_t j = 0; j < rank; j++) {
+    of_a[j] = step_of((const float *)a + j, in, rank, site->rounded);
+    of_b[j] = step_of((const float *)b + j * out, out, 1, site->rounded);
+    steps[j] = of_a[j] * of_b[j];
+  }
+  site->a = panels_of_a(a, site, rank, of_a), site->b = panels_of_b(b, site, rank, of_b);
   return site->a && site->b ? 0 : "out of memory";
 }
 
@@ -447,6 +446,7 @@ void adapter_remove(int64_t number) {
       link = &(*link)->next;
   pthread_mutex_unlock(&lock);
   if (!adapter) return;
+  for (int i = 0; i < SITES; i++) free(adapter->sites[i].steps);
   for (int i = 0; i < SITES; i++)
     for (int which = 0; which < 2; which++) {
       void *memory = which ? adapter->sites[i].b : adapter->sites[i].a;
@@ -534,7 +534,7 @@ static Status *compute(void *state, void *context) {
   return wrong ? status(api, wrong) : 0;
 }
 
-static const char *half_name(const Operator *operator) { return "AddLora"; }
+static const char *rounded_name(const Operator *operator) { return "AddLora"; }
 static const char *exact_name(const Operator *operator) { return "AddLoraExact"; }
 static const char *gpu_name(const Operator *operator) { return "AddLoraCuda"; }
 static const char *cpu_provider(const Operator *operator) { return "CPUExecutionProvider"; }
@@ -568,7 +568,7 @@ static Status *create(const Operator *operator, Api api, const void *info, void 
     return status(api, "AddLora: its attribute `projection` is missing or too long");
   Kernel *kernel = malloc(sizeof(Kernel));
   if (!kernel) return status(api, "AddLora: out of memory");
-  Kind kind = operator->name == gpu_name ? ON_GPU : operator->name == exact_name ? EXACT : HALF;
+  Kind kind = operator->name == gpu_name ? ON_GPU : operator->name == exact_name ? EXACT : ROUNDED;
   *kernel = (Kernel){api, kind, place_of(name, &kind)};
   *made = kernel;
   if (kernel->place >= 0) return 0;
@@ -584,7 +584,7 @@ static Status *create(const Operator *operator, Api api, const void *info, void 
     .compute = compute, .first_version = any_version, .last_version = last_version, .in_place = in_place,   \
     .release_in_place = release                                                                             \
   }
-static const Operator half = OPERATOR(half, cpu), exact = OPERATOR(exact, cpu), on_gpu = OPERATOR(gpu, gpu);
+static const Operator rounded = OPERATOR(rounded, cpu), exact = OPERATOR(exact, cpu), on_gpu = OPERATOR(gpu, gpu);
 
 /* What ONNX Runtime calls when the library is named in a session's options. */
 Status *RegisterCustomOps(void *options, const Api *base) {
@@ -593,7 +593,7 @@ Status *RegisterCustomOps(void *options, const Api *base) {
   void *domain = 0;
   Status *wrong = ((Status * (*)(const char *, void **)) api[CREATE_DOMAIN])("olive_lab", &domain);
   Status *(*add)(void *, const Operator *) = (Status * (*)(void *, const Operator *)) api[ADD_TO_DOMAIN];
-  if (!wrong) wrong = add(domain, &half);
+  if (!wrong) wrong = add(domain, &rounded);
   if (!wrong) wrong = add(domain, &exact);
   if (!wrong && gpu.context) wrong = add(domain, &on_gpu);
   return wrong ? wrong : ((Status * (*)(void *, void *)) api[ADD_DOMAIN])(options, domain);
