@@ -98,7 +98,7 @@ def for_gpu(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def for_cpu(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and B in float32. Raises `ValueError` for what is no number, which no integer can stand for."""
+    """Return A and B in float32. Raises `ValueError` for NaN or infinity, for which no integer stands."""
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("it holds NaN or infinity")
     return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
