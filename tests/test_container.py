@@ -21,13 +21,12 @@ from lab.azureml import snapshot
 from lab.deploy import command, local, server
 from lab.deploy import folder as context
 from lab.deploy.command import deploy
-from stages.adapters.convert import convert
 from stages.answers.generation import OnnxModel
 from stages.core.errors import UserError
 from stages.text.chats import generation_prompt_ids
 from support.processes import HANGS, wait_until
 from support.project import ROOT
-from support.tiny_models import FAMILIES, checkpoint, exported, trained
+from support.tiny_models import laid_out
 
 QUESTION = [{"role": "user", "content": "what is the capital of France?"}]
 
@@ -35,15 +34,10 @@ QUESTION = [{"role": "user", "content": "what is the capital of France?"}]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A tiny model as a version is laid out: onnx/ and onnx_adapter/. Nobody may write to it."""
-    root = tmp_path_factory.mktemp("container")
-    packed = checkpoint(root, FAMILIES["llama"])
-    folder = exported(packed, root / "model/onnx")
-    trained(packed, root / "peft", 1)
-    (root / "model/onnx_adapter").mkdir()
-    convert(root / "peft", folder, root / "model" / server.ADAPTER)
-    for file in [*(root / "model").rglob("*"), root / "model"]:
+    folder = laid_out(tmp_path_factory.mktemp("container"))
+    for file in [*folder.rglob("*"), folder]:
         file.chmod(file.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
-    return root / "model"
+    return folder
 
 
 @pytest.fixture(scope="module")

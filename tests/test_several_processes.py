@@ -31,6 +31,17 @@ SETTINGS = [
 ADAPTER = "models/adapter/adapter_model.safetensors"
 
 
+def copy_code(root: Path) -> None:
+    for folder in ("conf", "stages"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+
+
+def with_settings(project: Project, *overrides: str) -> Project:
+    (project.root / "params.yaml").write_text(compose(overrides, ROOT / "conf"))
+    return project
+
+
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     """Two processes need no two GPUs."""
@@ -47,9 +58,7 @@ def untrained(once) -> Project:
         (root / "data/prepared").mkdir(parents=True)
         for name, first, last in (("train", 0, 60), ("validation", 60, 72), ("test", 72, 75)):
             (root / f"data/prepared/{name}.jsonl").write_text(rows(first, last))
-        for folder in ("conf", "stages"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+        copy_code(root)
         shutil.copy(ROOT / "dvc.yaml", root)
         hardware = root / "stages/weights/hardware.py"
         hardware.write_text(hardware.read_text() + "\n\nfast_dtype = lambda: torch.float32\n")
@@ -69,9 +78,7 @@ def unquantized(once) -> Project:
         for name in ("calibration", "validation"):
             (root / f"data/prepared/{name}.jsonl").write_text(rows(0, 60))
         shutil.copy(ROOT / "data/heldout.txt", root / "data")
-        for folder in ("conf", "stages"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+        copy_code(root)
 
     return Project(once("unquantized", make))
 
@@ -81,10 +88,7 @@ def folder(untrained, tmp_path):
     """Return a function that makes a copy with settings of its own."""
 
     def make(*overrides: str, name: str = "project") -> Project:
-        project = untrained.copy(tmp_path / name)
-        composed = compose([*SETTINGS, *overrides], ROOT / "conf")
-        (project.root / "params.yaml").write_text(composed)
-        return project
+        return with_settings(untrained.copy(tmp_path / name), *SETTINGS, *overrides)
 
     return make
 
@@ -227,7 +231,6 @@ def quantizing(unquantized, tmp_path):
     of 64 and 16."""
 
     def make(*overrides: str, name: str = "project") -> Project:
-        project = unquantized.copy(tmp_path / name)
         settings = [
             "quantize.group_size=32",
             "quantize.calibration_sequences=30",
@@ -235,9 +238,7 @@ def quantizing(unquantized, tmp_path):
             "quantize.self_text_share=0.67",
             "quantize.perplexity_sequences=3",
         ]
-        composed = compose([*settings, *overrides], ROOT / "conf")
-        (project.root / "params.yaml").write_text(composed)
-        return project
+        return with_settings(unquantized.copy(tmp_path / name), *settings, *overrides)
 
     return make
 

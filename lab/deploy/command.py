@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lab.deploy import folder as context
+from lab.serve.command import MaxTokens, Queue
 from stages.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,10 +51,8 @@ def deploy(
     instance_type: Annotated[str, typer.Option(help="The endpoint's machine.")] = MACHINE,
     instances: Annotated[int, typer.Option(min=1, max=50, help="How many of them.")] = 1,
     slots: Annotated[int, typer.Option(min=1, help="Answers made at once by one.")] = 8,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait besides.")] = 16,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer where a request says nothing, in tokens.")
-    ] = 256,
+    queue: Queue = 16,
+    max_tokens: MaxTokens = 256,
     files: Annotated[
         Path, typer.Option("--model", help="With --local: the folder with onnx/.")
     ] = Path("models"),

@@ -30,6 +30,11 @@ from stages.core.errors import UserError
 if TYPE_CHECKING:
     from lab.serve.api import Service
 
+# options that `lab deploy` has too
+MaxTokens = Annotated[
+    int, typer.Option(min=1, help="Longest answer where a request says nothing, in tokens.")
+]
+Queue = Annotated[int, typer.Option(min=0, help="Requests that may wait besides.")]
 DRAIN = 30  # seconds that running answers get after SIGTERM
 
 
@@ -43,11 +48,9 @@ def serve(
         str | None,
         typer.Option(envvar="LAB_API_KEY", help="What clients must send; needed beyond loopback."),
     ] = None,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer where a request says nothing, in tokens.")
-    ] = 256,
+    max_tokens: MaxTokens = 256,
     slots: Annotated[int, typer.Option(min=1, help="Answers made at once.")] = 8,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait besides.")] = 16,
+    queue: Queue = 16,
     keep: Annotated[
         int, typer.Option(min=0, help="Conversations whose keys and values are kept.")
     ] = 4,

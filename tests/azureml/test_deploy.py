@@ -15,10 +15,9 @@ import typer
 
 from lab.deploy import command, endpoint, preflight
 from lab.deploy.command import deploy
-from stages.adapters.convert import convert
 from stages.core.errors import UserError
 from support.project import ROOT
-from support.tiny_models import FAMILIES, checkpoint, exported, trained
+from support.tiny_models import laid_out
 
 from .conftest import files_of
 from .endpoints import ENDPOINTS, READER, says
@@ -515,10 +514,4 @@ def test_what_is_sent_makes_a_server_that_answers(network, nodes, tiny, capsys):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A tiny model as a version is laid out."""
-    root = tmp_path_factory.mktemp("tiny")
-    packed = checkpoint(root, FAMILIES["llama"])
-    folder = exported(packed, root / "model/onnx")
-    trained(packed, root / "peft", 1)
-    (root / "model/onnx_adapter").mkdir()
-    convert(root / "peft", folder, root / "model/onnx_adapter/adapter.onnx_adapter")
-    return root / "model"
+    return laid_out(tmp_path_factory.mktemp("tiny"))

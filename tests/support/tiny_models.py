@@ -14,6 +14,7 @@ from olive.passes.pytorch.rtn import Rtn
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from stages.adapters.convert import convert
 from stages.core.settings import Optimize
 from stages.graph.export import export
 from stages.sources import random_model
@@ -172,6 +173,16 @@ def trained(packed: Path, folder: Path, seed: int, **options) -> PeftModel:
     model = get_peft_model(load_dequantized(packed), LoraConfig(**defaults | options))
     model.save_pretrained(folder)
     return model.eval()
+
+
+def laid_out(root: Path) -> Path:
+    """Make a tiny model as a version is laid out, onnx/ and onnx_adapter/; return the folder of both."""
+    packed = checkpoint(root, FAMILIES["llama"])
+    onnx = exported(packed, root / "model/onnx")
+    trained(packed, root / "peft", 1)
+    (root / "model/onnx_adapter").mkdir()
+    convert(root / "peft", onnx, root / "model/onnx_adapter/adapter.onnx_adapter")
+    return root / "model"
 
 
 @torch.no_grad()
