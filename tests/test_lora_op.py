@@ -179,14 +179,43 @@ def test_an_adapter_for_other_projections_is_refused(llama, tmp_path):
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library.cache_folder.cache_clear()
-    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
     with pytest.raises(library.Unavailable, match="no C compiler: install gcc or clang"):
         library.compiled()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")
     with pytest.raises(library.Unavailable, match="false failed"):
         library.compiled()
     assert list((tmp_path / "olive-lab").iterdir()) == []  # nothing half-written
     library.cache_folder.cache_clear()
+
+
+def test_the_compiler_is_what_cc_says_in_one_word_or_several(monkeypatch, tmp_path):
+    def compiler(name: str) -> Path:
+        made = tmp_path / name
+        made.touch(mode=0o755)
+        return made
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gcc, ccache = compiler("gcc"), compiler("ccache")
+    monkeypatch.setenv("CC", "ccache gcc -pipe")
+    assert library.found_compiler() == [str(ccache), "gcc", "-pipe"]
+    monkeypatch.setenv("CC", "x86_64-conda-linux-gnu-cc")  # of an environment that is gone
+    assert library.found_compiler() == [str(gcc)]
+    monkeypatch.delenv("CC")
+    cc = compiler("cc")
+    assert library.found_compiler() == [str(cc)]
+
+
+def test_a_folder_that_nothing_may_be_run_from_is_named(monkeypatch, tmp_path):
+    # as with /tmp and /home mounted noexec (pytorch/pytorch#91005, #123054)
+    def refused(*_, **__):
+        raise OSError("libadd_lora.so: failed to map segment from shared object")
+
+    monkeypatch.setattr(library.ctypes, "CDLL", refused)
+    with pytest.raises(library.Unavailable, match=r"noexec\?\): let XDG_CACHE_HOME name a folder"):
+        library.Operator(tmp_path / "libadd_lora.so", on_gpu=False)
 
 
 def test_without_a_home_it_is_compiled_for_the_process_alone(monkeypatch, tmp_path):

@@ -15,6 +15,8 @@ from support.project import ROOT
 
 FULL = "the disk is full: free some space"
 MEMORY = "out of memory: close other programs"
+SHARED = "another process has the GPU for itself"
+OLD = "this GPU is older than what PyTorch or ONNX Runtime was built for"
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't allocate memory"
 
 
@@ -32,6 +34,9 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't al
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MEMORY),
         (PermissionError(errno.EACCES, "Permission denied", "models"), "models: Permission denied"),
         (KeyboardInterrupt(), "interrupted"),
+        # clusters let one process have a GPU (pytorch-image-models#1033, ms-swift#5118)
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), SHARED),
+        (Exception("CUDA failure 209: no kernel image is available for execution"), OLD),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line(error, line):

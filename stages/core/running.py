@@ -26,11 +26,9 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.core import live, process, ranks
+from stages.core import gpu_faults, live, process, ranks
 from stages.core.errors import UserError
-from stages.core.files import (
-    write_json,
-)
+from stages.core.files import write_json
 from stages.core.machine import machine, used_gpu
 
 if TYPE_CHECKING:
@@ -119,7 +117,7 @@ def line_of(error: BaseException) -> str | None:
         return "interrupted"
     if not isinstance(error, Exception):
         return None
-    return what_ran_out(error) or what_is_forbidden(error)
+    return what_ran_out(error) or what_is_forbidden(error) or gpu_faults.what_to_do(str(error))
 
 
 def what_ran_out(error: Exception) -> str | None:

@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ class Operator:
         try:
             library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise Unavailable(f"it cannot be loaded: {error}") from None
+            raise Unavailable(f"it cannot be loaded: {error}{advice(error)}") from None
         for name, result, arguments in (
             ("adapter_add", c_int64, [c_int]),
             ("adapter_site", c_char_p, [c_int64, c_char_p, *[c_int64] * 3, *[c_void_p] * 2]),
@@ -88,6 +89,13 @@ class Operator:
         while name := self._library.projection(len(found), ctypes.byref(count), ctypes.byref(kind)):
             found[name.decode()] = count.value, kind.value
         return found
+
+
+def advice(error: OSError) -> str:
+    """Return what to do about the usual reason, a home or /tmp from which nothing may be run."""
+    if "failed to map segment" not in str(error):
+        return ""
+    return " (mounted noexec?): let XDG_CACHE_HOME name a folder from which programs may run"
 
 
 def for_gpu(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,21 +142,31 @@ def compiled() -> Path:
     """
     if given := os.environ.get("LORA_OP_LIBRARY"):  # a container has no compiler
         return Path(given)
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise Unavailable("there is no C compiler: install gcc or clang")
-    key: list[str | bytes] = [SOURCE.read_bytes(), " ".join(FLAGS), compiler, processor()]
+    compiler, words = found_compiler(), " ".join
+    key: list[str | bytes] = [SOURCE.read_bytes(), words(FLAGS), words(compiler), processor()]
+    # a home that containers share: a library may want a newer C library than another container has
+    key.append(words(platform.libc_ver()))
     return in_cache("libadd_lora", ".so", key, lambda file: compile_with(compiler, file))
 
 
-def compile_with(compiler: str, file: Path) -> None:
+def found_compiler() -> list[str]:
+    """Return the C compiler as words of a command: CC's, which may be several, or the system's."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    for words in (asked, ["cc"], ["gcc"], ["clang"]):
+        if words and (program := shutil.which(words[0])):
+            return [program, *words[1:]]
+    raise Unavailable("there is no C compiler: install gcc or clang")
+
+
+def compile_with(compiler: list[str], file: Path) -> None:
     """Compile the library to a file. Raises `Unavailable` with the compiler's first error."""
     named = f"-Wl,-soname,{file.name}"
-    command = [compiler, *FLAGS, named, str(SOURCE), "-o", str(file), *LIBRARIES]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [*compiler, *FLAGS, named, str(SOURCE), "-o", str(file), *LIBRARIES]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line]
-        raise Unavailable(f"{compiler} failed: {(errors or ['?'])[0]}")
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        errors = [line for line in lines if "error" in line] or lines
+        raise Unavailable(f"{' '.join(compiler)} failed: {errors[0]}")
 
 
 def processor() -> str:
