@@ -28,27 +28,19 @@ def broken_gpu(monkeypatch):
     return give
 
 
+COUNT = "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before? Error "
+
+
+# pytorch/pytorch#35710, #30528 and #81549: nobody was told why is_available() was False
 @pytest.mark.parametrize(
     ("reason", "line"),
     [
-        # pytorch/pytorch#35710, #30528 and #81549: nobody saw why is_available() was False
-        (
-            "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
-            "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized",
-            "systemctl start nvidia-fabricmanager",
-        ),
-        (
-            "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver",
-            "install the 580 series or newer",
-        ),
-        (
-            "Unexpected error from cudaGetDeviceCount(). Error 803: system has unsupported display driver / "
-            "cuda driver combination",
-            "restart the machine",
-        ),
-        ("Unexpected error from cudaGetDeviceCount(). Error 999: unknown error", "Error 999: unknown error"),
+        (COUNT + "802: system not yet initialized", "systemctl start nvidia-fabricmanager"),
+        (COUNT + "803: system has unsupported display driver / cuda driver combination", "restart"),
+        (COUNT + "999: unknown error", "cannot use: Error 999: unknown error; `"),
+        ("The NVIDIA driver on your system is too old (found version 12040).", "install the 580"),
     ],
-)  # fmt: skip
+)
 def test_a_gpu_that_cuda_cannot_use_is_said_with_the_reason(broken_gpu, reason, line):
     broken_gpu(reason)
     with pytest.raises(

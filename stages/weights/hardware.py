@@ -15,7 +15,10 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def device() -> str:
-    """Return where tensors go: the GPU where there is one. Raises `UserError` for one that CUDA cannot use."""
+    """Return where tensors go: the GPU where there is one.
+
+    Raises `UserError` for one that CUDA cannot use.
+    """
     if torch.cuda.is_available():
         return "cuda"
     # hours on the CPU that nobody asked for would look like a slow GPU
