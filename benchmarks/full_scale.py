@@ -156,9 +156,9 @@ def linear_parameters(folder: Path) -> int:
 def awq_limit(folder: Path, figures: dict[str, Any]) -> dict[str, float]:
     """Return the seconds that AWQ's matrix products alone take at the measured rates.
 
-    In bfloat16 the calibration text runs through every layer; in float32 its Gram matrix, [in, in], is summed,
-    factorized (Cholesky, inverse, Cholesky: 4/3 in³), and every error is spread over the columns after it
-    (out·in²). The model's own text, the search for scales and rounding itself are not in it.
+    In bfloat16 the calibration text runs through every layer; in float32 its Gram matrix, [in, in], is
+    summed and factorized (Cholesky, inverse, Cholesky: 4/3 in³), and every error is spread over the columns
+    after it (out·in²). The model's own text, the search for scales and rounding itself are not in it.
     """
     tokens = SEQUENCES * LENGTH
     fast = sum(layers * 2 * tokens * out * into for layers, out, into in linears(folder))

@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -44,6 +45,22 @@ def test_what_a_user_can_put_right_is_one_line(error, line):
         raise error
     assert str(end.value.code).startswith(f"fake: {line}")
     assert len(str(end.value.code).splitlines()) == 1
+
+
+def test_what_failed_holds_no_model_to_the_end_of_the_process():
+    # a model on a GPU that outlives CUDA's libraries ends in a segmentation fault, seen on an H200
+    class Model: ...
+
+    models = []
+
+    def work() -> None:
+        model = Model()
+        models.append(weakref.ref(model))
+        raise UserError("no such adapter")
+
+    with pytest.raises(SystemExit), one_line_errors("fake"):
+        work()
+    assert models[0]() is None
 
 
 def test_a_bug_stays_a_traceback():

@@ -105,6 +105,8 @@ def one_line_errors(name: str) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if line := line_of(error):
+            # a model that a failed function held would end after CUDA's libraries: a segmentation fault
+            traceback.clear_frames(error.__traceback__)
             sys.exit(f"{name}: {line}")
         raise
 
