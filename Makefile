@@ -113,10 +113,10 @@ bench: setup ## measure decoding, LoRA and AWQ beside their peers, after make re
 	@$(BIN)/python -m pip install -q --no-deps -r benchmarks/peers.txt diskcache
 	@[ -x .venv-peers/bin/python ] || $(BIN)/python -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install -q --extra-index-url $(TORCH_CPU_INDEX) \
-	  "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/cpu.txt)" llmcompressor==0.14.0.1
+	  "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/cpu.txt)" llmcompressor==0.14.0.1 auto-round==0.15.1
 	@$(BIN)/python -m benchmarks.decode
 	@$(BIN)/python -m benchmarks.lora
-	@$(BIN)/python -m benchmarks.awq --peer .venv-peers/bin/python
+	@$(BIN)/python -m benchmarks.rounding contest --draws 1 --peer .venv-peers/bin/python
 
 docs: setup ## fill the figures of README and docs from metrics/ and benchmarks/results
 	@$(BIN)/python -m benchmarks.figures

@@ -20,8 +20,8 @@ No line may begin with the first kind: Markdown takes such a line for HTML.
 
 In braces: the file (a bare name lies in benchmarks/results), the path of keys, and how Python is to format it
 (`g` if nothing is said). `interval METRIC` is the interval of a metric by its prompts, `family NAME.EXPORT`
-how far a model family's export is from PyTorch, `derived NAME` one of DERIVED below. Whoever reads the page
-sees the figures alone.
+how far a model family's export is from PyTorch, `contest NAME` and `step NAME` what benchmarks.rounding
+found, `derived NAME` one of DERIVED below. Whoever reads the page sees the figures alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from stages.core.files import read_json
@@ -75,8 +76,8 @@ def value(place: re.Match[str]) -> str:
     if source == "interval":
         low, high = of_prompts()[path]
         return f"{low:.3g} to {high:.3g}"
-    if source == "family":
-        return differences(path)
+    if source in PHRASES:
+        return PHRASES[source](path)
     found = DERIVED[path]() if source == "derived" else look_up(source, path)
     return format(found, how[0] if how else "" if isinstance(found, str) else "g")
 
@@ -96,6 +97,45 @@ def differences(path: str) -> str:
     found = look_up("architectures.json", path)
     plain, adapted = (f"{found[key]:.2g}" for key in ("logits", "logits_adapter"))
     return f"{plain}, {adapted}; {found['answers']}, {found['answers_adapter']}"
+
+
+def in_contest(name: str) -> str:
+    """Return a contestant's cells: on prose and on task text, KL and the share of RTN's that is won back."""
+    cells = []
+    for divergence in (prose, task):
+        ours, plain = (
+            [divergence(draw) for draw in look_up("rounding.json", f"contest.{each}").values()]
+            for each in (name, "rtn")
+        )
+        won = [100 * (1 - each / plain[0]) for each in ours]
+        cells += [f"{median(ours):.3f}", f"{median(won):.0f} % ({min(won):.0f} to {max(won):.0f})"]
+    return " | ".join(cells)
+
+
+def of_step(name: str) -> str:
+    """Return a step's cells: the mean change of KL on prose, where it fell, the change on task text."""
+    draws, before = (look_up("rounding.json", path) for path in (f"steps.{name}", "contest.ours"))
+    changes = {
+        divergence: [divergence(draws[draw]) / divergence(before[draw]) - 1 for draw in draws]
+        for divergence in (prose, task)
+    }
+    fell = sum(change < 0 for change in changes[prose])
+    return (
+        f"{100 * mean(changes[prose]):+.1f} % | {fell} of {len(draws)} | "
+        f"{100 * mean(changes[task]):+.1f} %"
+    )
+
+
+def prose(figures: dict[str, Any]) -> float:
+    """Return the mean KL over the tokens of news and documentation."""
+    tokens = look_up("rounding.json", "contest.tokens")
+    weighted = sum(tokens[text] * figures[text]["kl"] for text in ("news", "docs"))
+    return weighted / (tokens["news"] + tokens["docs"])
+
+
+def task(figures: dict[str, Any]) -> float:
+    """Return the mean KL over the tokens of task text."""
+    return figures["task"]["kl"]
 
 
 @cache
@@ -148,6 +188,8 @@ def gpu_site_us() -> float:
     ours = [kernels["lower_one"], kernels["raise_one"]]
     return sum(each["us"] for each in ours) / ours[0]["count"]
 
+
+PHRASES = {"family": differences, "contest": in_contest, "step": of_step}
 
 DERIVED: dict[str, Callable[[], Any]] = {
     "task_loss_recovered": recovered,

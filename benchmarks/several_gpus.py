@@ -113,6 +113,7 @@ def measure_quantize(folder: Path, asked: argparse.Namespace) -> None:
     cache, is not counted.
     """
     settings = [f"model={asked.model}", "quantize.perplexity_sequences=0"]
+    settings += ["quantize.calibration_length=512"]
     settings += [f"quantize.calibration_sequences={asked.sequences}"]
     make_base(folder, settings)
     quantize(folder, *settings, "quantize=rtn")

@@ -150,8 +150,9 @@ def make_pass(options: Quantize, config: PretrainedConfig, scratch: Path) -> Pas
         return create_pass_from_dict(Rtn, described, disable_search=True)
     tokens = calibration_set(BASE, read_conversations(PREPARED / "calibration.jsonl"), options)
     save_file({"tokens": tokens}, scratch / "tokens.safetensors")
-    search = {"calibration": str(scratch / "tokens.safetensors"), "scale_grid": options.scale_grid}
-    return create_pass_from_dict(Awq, described | search, disable_search=True)
+    described |= {"scale_grid": options.scale_grid, "tuning_steps": options.tuning_steps}
+    described |= {"calibration": str(scratch / "tokens.safetensors")}
+    return create_pass_from_dict(Awq, described, disable_search=True)
 
 
 def pass_config(options: Quantize, config: PretrainedConfig) -> dict[str, Any]:

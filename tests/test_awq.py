@@ -9,7 +9,8 @@ from olive.common.quant.utils import WeightQuantizer
 from olive.model import HfModelHandler
 from olive.passes.olive_pass import create_pass_from_dict
 from olive.passes.pytorch.rtn import Rtn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import kl_div
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.core.errors import UserError
@@ -95,14 +96,14 @@ def with_outliers(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def packed(model, folder, tokens, method) -> torch.nn.Module:
+def packed(model, folder, tokens, method, **more) -> torch.nn.Module:
     """Quantize a model by one of Olive's passes and read it back as the float weights that it encodes."""
     model.save_pretrained(folder / "base")
     train_tokenizer(ROOT / "data/travel.jsonl", 300).save_pretrained(folder / "base")
     options = {"bits": 4, "group_size": 32, "sym": False}
     if method is Awq:
         save_file({"tokens": tokens}, folder / "tokens.safetensors")
-        options |= {"calibration": str(folder / "tokens.safetensors")}
+        options |= {"calibration": str(folder / "tokens.safetensors"), **more}
     handler = HfModelHandler(str(folder / "base"), load_kwargs={"torch_dtype": "float32"})
     target = folder / method.__name__
     create_pass_from_dict(method, options, disable_search=True).run(handler, str(target))
@@ -148,6 +149,28 @@ def test_a_layer_that_another_process_sends_is_written_as_ones_own(family, tmp_p
     one, two = (tmp_path / run / "Awq" for run in ("one", "two"))
     for file in one.iterdir():
         assert (two / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+@torch.no_grad()
+def test_tuning_brings_predictions_nearer_and_leaves_the_integers_alone(family, tmp_path):
+    model, tokens = with_outliers(tiny_model(family)), torch.randint(97, (24, 64))
+    unseen = torch.randint(97, (8, 64))
+    expected = model(unseen).logits.log_softmax(-1)
+    divergences, weights = {}, {}
+    for steps in (0, 30, 30):
+        again = packed(with_outliers(tiny_model(family)), tmp_path, tokens, Awq, tuning_steps=steps)
+        found = again(unseen).logits.log_softmax(-1)
+        divergence = kl_div(found, expected, log_target=True, reduction="batchmean")
+        assert divergences.setdefault(steps, divergence) == divergence
+        weights[steps] = load_file(tmp_path / "Awq/model.safetensors")
+    assert divergences[30] < 0.9 * divergences[0]
+    for name, tensor in weights[0].items():
+        if name.endswith(("qweight", "qzeros")):
+            assert torch.equal(weights[30][name], tensor), name
+    scales = "model.layers.1.mlp.down_proj.scales"
+    assert not torch.equal(weights[30][scales], weights[0][scales])
 
 
 @torch.no_grad()

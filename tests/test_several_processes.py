@@ -233,10 +233,12 @@ def quantizing(unquantized, tmp_path):
     def make(*overrides: str, name: str = "project") -> Project:
         settings = [
             "quantize.group_size=32",
-            "quantize.calibration_sequences=30",
+            "quantize.calibration_sequences=60",
             "quantize.calibration_length=32",
             "quantize.self_text_share=0.67",
             "quantize.perplexity_sequences=3",
+            "quantize.perplexity_length=32",
+            "quantize.tuning_steps=2",
         ]
         return with_settings(unquantized.copy(tmp_path / name), *settings, *overrides)
 

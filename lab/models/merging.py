@@ -135,8 +135,8 @@ def quantize_merged(
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "tokens.safetensors")
         save_file({"tokens": tokens}, file)
-        search = {"calibration": str(file), "scale_grid": options.scale_grid}
-        described = pass_config(options, config) | search
+        how = {"scale_grid": options.scale_grid, "tuning_steps": options.tuning_steps}
+        described = pass_config(options, config) | how | {"calibration": str(file)}
         olive_pass = create_pass_from_dict(Awq, described, disable_search=True)
         olive_pass.run(
             HfModelHandler(str(merged), load_kwargs={"torch_dtype": "auto"}), str(target)

@@ -145,10 +145,12 @@ class Quantize(Section):
     embedding_bits: Annotated[Literal[4, 8, 16], Whole]
     eight_bit_modules: list[str]
     scale_grid: Positive
+    tuning_steps: NotNegative
     calibration_sequences: Positive
     calibration_length: Annotated[int, Field(ge=16, multiple_of=4)]
     self_text_share: Annotated[float, Field(ge=0, le=1)]
     perplexity_sequences: NotNegative
+    perplexity_length: Annotated[int, Field(ge=16)]
     processes: Literal["auto"] | Positive
     seed: Seed
 

@@ -1,1 +1,1 @@
-"""How weights become 4 bits: scales (AWQ), error compensation, calibration, perplexity. Serves quantize."""
+"""How weights become 4 bits: scales (AWQ), error compensation, tuning, calibration, perplexity.."""

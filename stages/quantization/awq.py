@@ -22,6 +22,8 @@ from stages.quantization.architecture import LinearGroup, linear_groups
 from stages.quantization.compensation import compensate, factorize
 from stages.quantization.scale_search import Grid, search_scales
 from stages.quantization.shares import collect, is_mine
+from stages.quantization.tuning import tune
+from stages.weights.checkpoint import load_float
 from stages.weights.hardware import device, fast_dtype
 
 BATCH = 8  # sequences that run through a layer together
@@ -42,6 +44,9 @@ class Awq(Pass):
             "scale_grid": PassConfigParam(
                 type_=int, default_value=10, description="scale exponents tried"
             ),
+            "tuning_steps": PassConfigParam(
+                type_=int, default_value=0, description="steps by the float model's predictions"
+            ),
         }
 
     @torch.no_grad()
@@ -53,6 +58,8 @@ class Awq(Pass):
         if rank() > 0:
             return model  # the first process packs the rest and writes
         wrapper.model.float()  # what is left to pack, so that scales are float32 everywhere
+        if config.tuning_steps:
+            tune(wrapper.model, load_float(model.model_path), tokens, config.tuning_steps)
         return finalize(
             model, output_model_path, wrapper, quantization, device(), retie_word_embeddings=retie
         )

@@ -36,7 +36,7 @@ def calibration_set(base: Path, rows: list[Conversation], options: Quantize) -> 
 def self_text(base: Path, count: int, length: int, seed: int) -> torch.Tensor:
     """Return text sampled from the float model at temperature 1, [count, length].
 
-    A sequence is four pieces that each begin with a token drawn at random, so that no two are alike
+    A sequence is two pieces that each begin with a token drawn at random, so that no two are alike
     (LLM-QAT, arXiv:2305.17888), and PIECES are written at once. An embedding may have more rows than the
     tokenizer has tokens; those are never drawn.
     """
@@ -45,7 +45,7 @@ def self_text(base: Path, count: int, length: int, seed: int) -> torch.Tensor:
     known = rows & set(load_tokenizer(base).get_vocab().values())
     tokens, nobodys = torch.tensor(sorted(known)), sorted(rows - known)
     set_seed(seed)
-    first = tokens[torch.randint(len(tokens), (4 * count, 1))].to(model.device)
+    first = tokens[torch.randint(len(tokens), (2 * count, 1))].to(model.device)
     words: dict[str, Any] = {
         "do_sample": True,
         "temperature": 1.0,
@@ -54,15 +54,15 @@ def self_text(base: Path, count: int, length: int, seed: int) -> torch.Tensor:
         "pad_token_id": 0,
     }
     words |= {"suppress_tokens": nobodys} if nobodys else {}
-    words |= dict.fromkeys(("min_new_tokens", "max_new_tokens"), length // 4 - 1)
-    written = torch.zeros(4 * count, length // 4, dtype=torch.int64)
+    words |= dict.fromkeys(("min_new_tokens", "max_new_tokens"), length // 2 - 1)
+    written = torch.zeros(2 * count, length // 2, dtype=torch.int64)
     parts = first.split(PIECES)
     for number, part in enumerate(live.steps(parts, "the model's own text", "batch")):
         if is_mine(number):
             text = model.generate(part, attention_mask=torch.ones_like(part), **words)
             written.split(PIECES)[number].copy_(text)
         else:
-            skip_draws(len(part), length // 4 - 1, model)
+            skip_draws(len(part), length // 2 - 1, model)
     return combined(written).reshape(count, -1)
 
 
@@ -80,12 +80,12 @@ def task_text(base: Path, rows: list[Conversation], options: Quantize) -> torch.
     """Return validation rows, which calibration never saw, [sequences, length]: unseen groups, if any."""
     unseen = [row for row in rows if row.kind == "transfer"] or rows
     count = max(1, options.perplexity_sequences // 3)
-    packed = sequences(load_tokenizer(base), unseen, count, options.calibration_length)
+    packed = sequences(load_tokenizer(base), unseen, count, options.perplexity_length)
     return torch.tensor(packed)
 
 
 def heldout_prose(base: Path, file: Path, options: Quantize) -> torch.Tensor:
     """Return prose from elsewhere (data/README.md), [sequences, length]."""
     tokens = load_tokenizer(base)(file.read_text(encoding="utf-8")).input_ids
-    count = min(options.perplexity_sequences, len(tokens) // options.calibration_length)
-    return torch.tensor(tokens[: count * options.calibration_length]).view(count, -1)
+    count = min(options.perplexity_sequences, len(tokens) // options.perplexity_length)
+    return torch.tensor(tokens[: count * options.perplexity_length]).view(count, -1)
