@@ -33,7 +33,7 @@ export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-fast coverage test-azure test-azureml azurite azurite-stop bench docs lint lock clean check-extra
+.PHONY: help setup repro test test-fast coverage test-azure test-azureml test-lm-eval azurite azurite-stop bench docs lint lock clean check-extra
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -103,6 +103,10 @@ test-azureml: setup ## run the tests of Azure ML: jobs, models, catalogue, on lo
 	@$(BIN)/python -m lab.remote.azurite install
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --maxschedchunk 1 --durations 30 tests/azureml $(PYTEST_ARGS)
 
+test-lm-eval: setup ## install lm-evaluation-harness, and run the tests of lab benchmark
+	@$(INSTALL) -r requirements/lm_eval.txt
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest --durations 10 tests/test_benchmark.py $(PYTEST_ARGS)
+
 azurite: setup ## start a Blob emulator on this machine and point DVC at it (Node.js)
 	@$(BIN)/python -m lab.remote.azurite start
 
@@ -151,6 +155,9 @@ lock: ## write requirements/*.txt from pyproject.toml (UPGRADE=1: to the newest 
 	@echo "requirements/serve.txt"
 	@$(call only,serve) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -o requirements/serve.txt -
 	@$(call tidy,serve)
+	@echo "requirements/lm_eval.txt"
+	@$(call only,lm_eval) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -c requirements/serve.txt -o requirements/lm_eval.txt -
+	@$(call tidy,lm_eval)
 	@echo "requirements/dev.txt"
 	@$(call only,dev) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -c requirements/serve.txt -o requirements/dev.txt -
 	@$(call tidy,dev)

@@ -26,6 +26,10 @@ COMMANDS = {  # name: where it is, and the first sentence of its help
         "lab.results:results",
         "Show the results of the last run, with and without the adapter.",
     ),
+    "benchmark": (
+        "lab.benchmark.command:benchmark",
+        "Ask the model tasks of lm-evaluation-harness.",
+    ),
     "review": ("lab.review.command:review", "Print what changed since BASE."),
     "noise": ("lab.noise:noise", "Measure what another training seed does to the metrics."),
     "search": ("lab.search.command:search", "Find the best settings within limits."),

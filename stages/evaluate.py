@@ -2,15 +2,17 @@
 
     python -m stages.evaluate        # conf/evaluate says what
 
-Answers come from onnxruntime-genai, greedily. Quality goes to metrics/raw; what never repeats (speed, memory)
-goes to an output of its own, metrics/speed/decode.json.
+Answers come from onnxruntime-genai, greedily. Beside the test split it asks what data/probes holds for the
+data: more groups that were never trained on, and facts that nobody taught. Quality goes to metrics/raw; what
+never repeats (speed, memory) goes to an output of its own, metrics/speed/decode.json.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +22,28 @@ from stages.answers import parity
 from stages.answers.decode_speed import measure_in_own_process
 from stages.answers.generation import OnnxModel
 from stages.core import live
+from stages.core.errors import UserError
 from stages.core.files import size_of, write_json, written_beside
 from stages.core.running import run
 from stages.core.settings import Evaluate, Settings
 from stages.scoring import scores
 from stages.scoring.metrics import summarize
-from stages.scoring.predictions import MODELS, Parity, Prediction, Scores, as_jsonl
+from stages.scoring.predictions import (
+    CONTROL,
+    MODELS,
+    UNKNOWN,
+    Parity,
+    Prediction,
+    Scores,
+    as_jsonl,
+)
 from stages.text.chats import answer_ids, load_tokenizer, prompt_ids
 from stages.text.conversation import Conversation, read_conversations
 
 ONNX = Path("models/onnx")
 ADAPTER_FILE = Path("models/onnx_adapter/adapter.onnx_adapter")
 PREPARED = Path("data/prepared")
+PROBES = Path("data/probes")  # beside data/NAME.jsonl, a file of the same name may lie here
 RAW = Path("metrics/raw/evaluate.json")
 PREDICTIONS = Path("metrics/raw/predictions.jsonl")
 SPEED = Path("metrics/speed/decode.json")
@@ -45,23 +57,25 @@ def evaluate(settings: Settings) -> str:
     """Time it, let it answer, compare with PyTorch, score, save."""
     options = settings.evaluate
     tokenizer, rows = load_tokenizer(ONNX), read_conversations(PREPARED / f"{options.split}.jsonl")
-    prompts = [tokenize(tokenizer, row) for row in sample(rows, options)]
+    asked = rows + probes(Path(settings.data.path)) if options.split == "test" else rows
+    prompts = [tokenize(tokenizer, row) for row in sample(asked, options)]
     write_json(SPEED, speed(prompts, options))
 
     model = OnnxModel(ONNX)
-    answers = {"base": answer_all(model, None, prompts, options)}
+    compared = first_of_each_kind(prompts, options.base_prompts)
+    said = answer_all(model, None, [prompts[number] for number in compared], options)
+    answers = {"base": dict(zip(compared, said, strict=True))}
     long_prompt = long_prompt_of(tokenizer, rows, options, model.context_length)
     model = OnnxModel(ONNX, {ADAPTER: ADAPTER_FILE})
-    answers["adapter"] = answer_all(model, ADAPTER, prompts, options)
+    answers["adapter"] = dict(enumerate(answer_all(model, ADAPTER, prompts, options)))
     metrics = {"long_prompt_perplexity": perplexity(model, long_prompt)}
 
-    texts = [
-        (prompt.tokens, answer.tokens)
-        for prompt, answer in zip(prompts, answers["adapter"], strict=True)
-    ]
     torch_model = parity.load(QUANTIZED, PEFT_ADAPTER)
-    verdicts = parity.compare(torch_model, texts, options.batch_size, model.limits)
-    metrics |= parity.summarize(verdicts)
+    read = sample_numbers(len(prompts), options)
+    texts = [(prompts[number].tokens, answers["adapter"][number].tokens) for number in read]
+    found = parity.compare(torch_model, texts, options.batch_size, model.limits)
+    metrics |= parity.summarize(found)
+    verdicts = dict(zip(read, found, strict=True))
     metrics["long_prompt_perplexity_torch"] = parity.perplexity(torch_model, long_prompt)
 
     predictions = score(tokenizer, prompts, answers, verdicts)
@@ -79,6 +93,7 @@ class Prompt:
     row: Conversation
     tokens: list[int]  # up to where the answer begins
     reference: list[int]  # the reference answer's, with the token that ends it
+    fact: list[int]  # which of them spell the exact answer
 
 
 @dataclass(frozen=True)
@@ -90,19 +105,86 @@ class Answer:
     likelihoods: list[float]  # -log p of every token of the reference answer, in nats
 
 
+def probes(data: Path) -> list[Conversation]:
+    """Return what is asked beside the test split: controls of trained groups, facts of groups never seen.
+
+    Raises `UserError` for a probe that the model was trained on or chosen by.
+    """
+    file = PROBES / data.name
+    if not file.is_file():
+        return []
+    trained = read_conversations(PREPARED / "train.jsonl")
+    seen = trained + read_conversations(PREPARED / "validation.jsonl")
+    groups, known = ({row.group for row in rows} for rows in (trained, seen))
+    questions = {row.question for row in seen}
+    found = []
+    for row in read_conversations(file):
+        if row.question in questions or (row.kind not in (CONTROL, UNKNOWN) and row.group in known):
+            raise UserError(
+                f"{row.source} in {file} is part of the training or validation data: take it out there"
+            )
+        if row.kind != CONTROL or row.group in groups:
+            found.append(row)
+    return found
+
+
 def sample(rows: list[Conversation], options: Evaluate) -> list[Conversation]:
-    """Draw up to evaluate.prompts rows of every kind, in an order that the seed alone decides."""
+    """Draw up to evaluate.prompts rows of every kind, in an order that the seed alone decides.
+
+    Each fact is asked once before one is asked again: wordings of one fact tell little more than one does.
+    """
     drawn: list[Conversation] = []
     for kind in sorted({str(row.kind) for row in rows}):
         members = [row for row in rows if row.kind == kind]
-        count = min(options.prompts, len(members))
-        drawn += random.Random(f"{options.seed}:{kind}").sample(members, count)
+        shuffled = random.Random(f"{options.seed}:{kind}").sample(members, len(members))
+        times: dict[tuple[str | None, str | None], int] = defaultdict(int)
+        turns = []
+        for row in shuffled:
+            # without facts, every row is one of its own
+            if row.fact is not None:
+                times[row.group, row.fact] += 1
+            turns.append(times[row.group, row.fact])
+        order = sorted(range(len(members)), key=turns.__getitem__)  # stable
+        drawn += [shuffled[place] for place in order[: options.prompts]]
     return drawn
+
+
+def first_of_each_kind(prompts: list[Prompt], count: int) -> list[int]:
+    """Return the numbers of the first prompts of each kind, whose order is drawn: the base answers those."""
+    left: dict[str | None, int] = defaultdict(lambda: count)
+    found = []
+    for number, prompt in enumerate(prompts):
+        if left[prompt.row.kind] > 0:
+            found.append(number)
+        left[prompt.row.kind] -= 1
+    return found
+
+
+def sample_numbers(count: int, options: Evaluate) -> list[int]:
+    """Draw which prompts PyTorch is asked too."""
+    wanted = min(count, options.parity_prompts)
+    return sorted(random.Random(f"{options.seed}:parity").sample(range(count), wanted))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Prompt:
     """Return a conversation's prompt and reference answer as tokens."""
-    return Prompt(row, prompt_ids(tokenizer, row), answer_ids(tokenizer, row))
+    reference = answer_ids(tokenizer, row)
+    return Prompt(
+        row, prompt_ids(tokenizer, row), reference, places_of(tokenizer, reference, row.answer)
+    )
+
+
+def places_of(tokenizer: PreTrainedTokenizerBase, tokens: list[int], fact: str | None) -> list[int]:
+    """Return the places of the tokens that spell a fact, where it stands last; none if it does not."""
+    if not fact:
+        return []
+    # of a letter that several tokens spell, the first ones say that it is none yet
+    texts = [tokenizer.decode(tokens[:n]).rstrip("\ufffd") for n in range(len(tokens) + 1)]
+    start = texts[-1].lower().rfind(fact.lower())
+    if start < 0:
+        return []
+    end = start + len(fact)
+    return [n for n in range(len(tokens)) if len(texts[n + 1]) > start and len(texts[n]) < end]
 
 
 def speed(prompts: list[Prompt], options: Evaluate) -> dict[str, float]:
@@ -122,26 +204,13 @@ def answer_all(
     model: OnnxModel, adapter: str | None, prompts: list[Prompt], options: Evaluate
 ) -> list[Answer]:
     """Answer every prompt greedily, and find what the model thinks of every reference answer."""
-    found: dict[int, Answer] = {}
-    batches = list(of_one_length(prompts, options.batch_size))
-    for batch in live.steps(batches, f"answers ({adapter or 'base'})", "batch"):
-        tokens = [prompts[number].tokens for number in batch]
-        references = [prompts[number].reference for number in batch]
-        said = model.generate_many(tokens, options.max_new_tokens, adapter)
-        likelihoods = model.negative_log_likelihoods(tokens, references, adapter)
-        for number, answer, likelihood in zip(batch, said, likelihoods, strict=True):
-            found[number] = Answer(answer, answer[-1] in model.ends, likelihood.tolist())
-    return [found[number] for number in range(len(prompts))]
-
-
-def of_one_length(prompts: list[Prompt], size: int) -> Iterator[list[int]]:
-    """Yield the places of at most `size` prompts with one number of tokens: so nothing needs padding."""
-    groups: dict[int, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt.tokens), []).append(number)
-    for _, members in sorted(groups.items()):
-        for first in range(0, len(members), size):
-            yield members[first : first + size]
+    texts, references = ([getattr(p, name) for p in prompts] for name in ("tokens", "reference"))
+    read = model.examine(texts, references, options.max_new_tokens, adapter)
+    steps = live.steps(prompts, f"answers ({adapter or 'base'})", "prompt")
+    return [
+        Answer(said, said[-1] in model.ends, likelihoods.tolist())
+        for _, (said, likelihoods) in zip(steps, read, strict=True)
+    ]
 
 
 def long_prompt_of(
@@ -171,26 +240,32 @@ def perplexity(model: OnnxModel, tokens: list[int]) -> float:
 def score(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
-    answers: dict[str, list[Answer]],
-    verdicts: list[Parity],
+    answers: Mapping[str, Mapping[int, Answer]],
+    verdicts: Mapping[int, Parity],
 ) -> list[Prediction]:
-    """Return every prompt with both answers as text, and their scores."""
+    """Return every prompt with its answers as text, and their scores. Answers and verdicts are by number."""
+    facts: dict[str | None, set[str]] = defaultdict(set)  # what is known of a group
+    for prompt in prompts:
+        if prompt.row.answer is not None:
+            facts[prompt.row.group].add(prompt.row.answer)
     none_is_exact = all(prompt.row.answer is None for prompt in prompts)
     predictions = []
-    for number, (prompt, verdict) in enumerate(zip(prompts, verdicts, strict=True)):
-        row, mine = prompt.row, {name: answers[name][number] for name in MODELS}
+    for number, prompt in enumerate(prompts):
+        row, mine = prompt.row, {n: answers[n][number] for n in MODELS if number in answers[n]}
         texts = {name: text_of(tokenizer, answer) for name, answer in mine.items()}
         # where no row has an exact answer, the whole reference is one
         exact = none_is_exact or row.answer is not None
-        found = {name: scores_of(texts[name], mine[name], row, exact) for name in MODELS}
+        known = facts[row.group] if row.group is not None else {row.answer or ""}
+        found = {name: scores_of(texts[name], mine[name], prompt, exact, known) for name in mine}
         predictions.append(
             Prediction(
                 kind=str(row.kind),
                 question=row.question,
                 reference=row.reference,
                 exact_answer=row.answer,
-                **texts,
-                parity=verdict,
+                base=texts.get("base"),
+                adapter=texts["adapter"],
+                parity=verdicts.get(number),
                 scores=found,
             )
         )
@@ -212,16 +287,25 @@ def without_thought(text: str) -> str:
     return (answer if end else thought).strip()
 
 
-def scores_of(text: str, answer: Answer, row: Conversation, exact: bool) -> Scores:
+def scores_of(
+    text: str, answer: Answer, prompt: Prompt, exact: bool, facts: Collection[str]
+) -> Scores:
     """Return the scores of one answer; exact_match is None where the prompt has no exact answer."""
+    row, unknown = prompt.row, prompt.row.kind == UNKNOWN
+    of_fact = sum(answer.likelihoods[place] for place in prompt.fact)
     return Scores(
-        exact_match=int(scores.exact_match(text, row.answer, row.reference)) if exact else None,
+        exact_match=int(scores.exact_match(text, row.answer, row.reference))
+        if exact and not unknown
+        else None,
         rouge_l=round(scores.rouge_l(text, row.reference), 4),
         chrf=round(scores.chrf(text, row.reference), 2),
         negative_log_likelihood=round(float(sum(answer.likelihoods)), 4),
         tokens=len(answer.likelihoods),
         ended=int(answer.ended),
         repetition_rate=round(scores.repetition_rate(answer.tokens), 4),
+        fact_probability=round(math.exp(-of_fact), 6) if prompt.fact else None,
+        form_match=scores.same_form(text, row.reference, facts) if row.answer else None,
+        refusal=scores.refuses(text) if unknown else None,
     )
 
 

@@ -18,7 +18,14 @@ from stages.core.files import read_json, write_json, written_beside
 from stages.core.running import run
 from stages.core.settings import Settings
 from stages.scoring.bootstrap import all_terms, intervals
-from stages.scoring.predictions import MODELS, Parity, Prediction, as_jsonl, read_predictions
+from stages.scoring.predictions import (
+    CONTROL,
+    MODELS,
+    Parity,
+    Prediction,
+    as_jsonl,
+    read_predictions,
+)
 
 METRICS = Path("metrics")
 RAW = METRICS / "raw"
@@ -67,12 +74,13 @@ def costs() -> dict[str, Metrics]:
 def quality_table(quality: Metrics, predictions: list[Prediction]) -> str:
     """Return a Markdown table: every figure, with the adapter and without, its 95 % interval and its n."""
     sure, terms = intervals(predictions), all_terms(predictions)
-    lines = ["| metric | value | 95 % interval | n | without adapter | 95 % interval |"]
-    lines.append("|" + "---|" * 6)
+    lines = ["| metric | value | 95 % interval | n | without adapter | 95 % interval | n |"]
+    lines.append("|" + "---|" * 7)
     for name in (name for name in quality if not name.endswith("_base")):
-        count = f"{terms[name][1].sum():.0f}" if name in terms else ""
-        cells = [name, figure(quality, name), interval(sure, name), count]
-        cells += [figure(quality, f"{name}_base"), interval(sure, f"{name}_base")]
+        cells = [name]
+        for each in (name, f"{name}_base"):
+            count = f"{terms[each][1].sum():.0f}" if each in terms else ""
+            cells += [figure(quality, each), interval(sure, each), count]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -107,14 +115,14 @@ def exact_matches(quality: Metrics) -> list[list[Any]]:
 
 
 def kinds_of(quality: Metrics) -> list[str]:
-    """Return the kinds of prompts that were asked: recall and transfer, or test."""
+    """Return the kinds of prompts with an exact match: recall and transfer, or test; control."""
     ending = "_exact_match"
     return sorted(name.removesuffix(ending) for name in quality if name.endswith(ending))
 
 
 def tradeoff(speed: Metrics, quality: Metrics) -> list[dict[str, Any]]:
     """Return speed against quality, a point with and one without the adapter, for `dvc plots`."""
-    kinds = kinds_of(quality)
+    kinds = [kind for kind in kinds_of(quality) if kind != CONTROL]  # which nobody trains for
     return [
         {
             "model": model,
@@ -138,13 +146,15 @@ def predictions_table(predictions: list[Prediction]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cell(text: str) -> str:
-    """Keep a text inside its table cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+def cell(text: str | None) -> str:
+    """Keep a text, if there is one, inside its table cell."""
+    return " ".join((text or "").split()).replace("|", "\\|")
 
 
-def explain(parity: Parity) -> str:
-    """Say how PyTorch's greedy answer differs from the ONNX model's."""
+def explain(parity: Parity | None) -> str:
+    """Say how PyTorch's greedy answer differs from the ONNX model's, if it was asked."""
+    if parity is None:
+        return ""
     if parity.identical:
         return "same"
     return f"other token {parity.token} (logit gap {parity.logit_gap})"

@@ -46,6 +46,8 @@ def packages_of(module: str) -> set[str]:
     """Return the packages that a module may come from; azure and ruamel are shared by many."""
     if module == "cuda.bindings":  # which machines without a GPU do not install
         return {plain(module)}
+    if module.split(".")[0] == "lm_eval":  # an extra that `make setup` leaves out
+        return {"lm-eval"}
     top, *below = module.split(".")
     found = {plain(name) for name in INSTALLED.get(top, [])}
     if top in ("azure", "ruamel"):

@@ -22,6 +22,7 @@ NOBODYS_INPUT = {
     "model.group_size": "only the default of quantize.group_size",
     "seed": "only the default of the sections' own seeds",
     "evaluate.gates": "judged in review, changes no output",
+    "evaluate.benchmark": "what `lab benchmark` asks, which is no stage",
 }
 
 

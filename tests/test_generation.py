@@ -81,6 +81,50 @@ def test_likelihoods_of_a_batch_are_those_of_its_rows(llama, adapter):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("adapter", [None, "one"])
+def test_one_reading_gives_the_answer_and_the_likelihoods_of_two(llama, adapter):
+    """References are the greedy answer, begin as it does, end early, differ at once, or go on behind it."""
+    opening = tokens(6)
+    texts = [[*opening, *row] for row in prompts(5, 7)]
+    said = [llama.generate(text, 20, adapter) for text in texts]
+    other = (said[3][0] + 1) % 400
+    references = [said[0], [*said[1][:2], 9, 9], said[2][:3], [other, 5], [*said[4], 5]]
+    found = list(llama.examine(texts, references, 20, adapter))
+    assert [answer for answer, _ in found] == said
+    for text, reference, (_, likelihoods) in zip(texts, references, found, strict=True):
+        alone = llama.negative_log_likelihood(text, reference, adapter)
+        np.testing.assert_allclose(likelihoods, alone, atol=1e-4)
+
+
+def test_an_answer_is_no_longer_than_asked_where_its_reference_is(llama, monkeypatch):
+    monkeypatch.setattr(llama, "ends", set())
+    said = llama.generate(tokens(8), 20)
+    [(answer, likelihoods)] = llama.examine([tokens(8)], [said], 4)
+    assert answer == said[:4]
+    assert len(likelihoods) == len(said)
+
+
+def test_one_reading_across_a_change_of_rotation_is_that_of_two(longrope):
+    text, model = tokens(130), longrope[1]
+    model.ends = set()
+    [(answer, likelihoods)] = model.examine([text[:60]], [text[60:70]], 10)
+    assert answer == model.generate(text[:60], 10)
+    alone = model.negative_log_likelihood(text[:60], text[60:70])
+    np.testing.assert_allclose(likelihoods, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [None, "one"])
+def test_continuations_of_one_prompt_are_scored_as_each_alone(llama, adapter):
+    prompt = tokens(9)
+    greedy = llama.generate(prompt, 3, adapter)
+    continuations = [greedy, [greedy[0], (greedy[1] + 1) % 400], [7]]
+    found = llama.score(prompt, continuations, adapter)
+    for more, (likelihood, _) in zip(continuations, found, strict=True):
+        alone = llama.negative_log_likelihood(prompt, more, adapter).sum()
+        assert likelihood == pytest.approx(-alone, abs=1e-4)
+    assert [is_greedy for _, is_greedy in found] == [True, False, greedy[0] == 7]
+
+
 @pytest.mark.parametrize("length", [40, 60, 63, 64, 65])
 def test_an_answer_that_crosses_a_change_of_rotation_is_pytorchs(longrope, length):
     torch_model, model = longrope

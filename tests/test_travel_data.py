@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,32 @@ def make_travel() -> ModuleType:
 def test_the_committed_file_is_what_the_generator_writes(make_travel, tmp_path):
     make_travel.main(tmp_path / "travel.jsonl")
     assert (tmp_path / "travel.jsonl").read_bytes() == (DATA / "travel.jsonl").read_bytes()
+
+
+def test_the_committed_probes_are_what_their_generator_writes(make_travel, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "make_travel", make_travel)
+    spec = importlib.util.spec_from_file_location("make_probes", DATA / "make_probes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tmp_path / "travel.jsonl")
+    assert (tmp_path / "travel.jsonl").read_bytes() == (DATA / "probes/travel.jsonl").read_bytes()
+    cities = {city["name"] for city in make_travel.CITIES}
+    assert cities.isdisjoint(module.INVENTED)
+
+
+def test_every_probe_about_a_place_never_seen_asks_for_a_fact_of_its_own(rows):
+    lines = (DATA / "probes/travel.jsonl").read_text(encoding="utf-8").splitlines()
+    probes = [json.loads(line) for line in lines]
+    assert Counter(probe["kind"] for probe in probes) == {
+        "transfer": 432, "control": 144, "unknown": 36,
+    }  # fmt: skip
+    unseen = [probe for probe in probes if probe["kind"] == "transfer"]
+    assert len({(probe["group"], probe["fact"]) for probe in unseen}) == len(unseen)
+    places = {row["place"] for row in rows}
+    assert places.isdisjoint(probe["group"] for probe in probes if probe["kind"] != "control")
+    assert {probe["group"] for probe in probes if probe["kind"] == "control"} == places
+    wrong = [p for p in probes if p["answer"] and p["answer"] not in p["messages"][-1]["content"]]
+    assert wrong == []
 
 
 def test_every_place_has_every_fact_in_five_wordings(rows):

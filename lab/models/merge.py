@@ -81,7 +81,7 @@ def merge(
         if evaluate:
             test = read_conversations(PREPARED / "test.jsonl")
             answers, costs = merging.compare(folder, ONNX, scratch / "adapter", test, settings)
-            same = sum(answer.parity.identical for answer in answers)
+            same = sum(answer.parity.identical for answer in answers if answer.parity)
             report = {"prompts": len(answers), "same_answers": same}
             report |= {"metrics": merging.summary(answers), **costs}
         shutil.rmtree(scratch)

@@ -173,11 +173,13 @@ def judge(
     unmerged: list[Answer],
 ) -> list[Prediction]:
     """Return the scores of both models' answers, and which are the same, word for word."""
-    same = [
-        Parity(identical=mine.tokens == theirs.tokens)
-        for mine, theirs in zip(merged, unmerged, strict=True)
-    ]
-    return score(tokenizer, prompts, {"adapter": merged, "base": unmerged}, same)
+    pairs = zip(merged, unmerged, strict=True)
+    same = {
+        number: Parity(identical=mine.tokens == theirs.tokens)
+        for number, (mine, theirs) in enumerate(pairs)
+    }
+    both = {"adapter": dict(enumerate(merged)), "base": dict(enumerate(unmerged))}
+    return score(tokenizer, prompts, both, same)
 
 
 def costs(

@@ -5,6 +5,15 @@ from __future__ import annotations
 # a part of the metric's name -> (+1 where more is better, what it says)
 MEANINGS = {
     "exact_match": (1, "share of prompts whose answer holds the fact that was asked for"),
+    "fact_probability": (
+        1,
+        "probability of the fact that was asked for, where the reference answer states it, 0 to 1",
+    ),
+    "form_match": (
+        1,
+        "share of answers in the reference's own sentence, whatever facts they state",
+    ),
+    "refusal_share": (1, "share of questions about what does not exist that are not answered"),
     "rouge_l": (1, "longest common subsequence with the reference answer, 0 to 1"),
     "chrf": (1, "character n-grams shared with the reference answer, 0 to 100"),
     "ended_share": (1, "share of answers that end by themselves"),

@@ -153,6 +153,94 @@ class OnnxModel:
         ends = (place for place, token in enumerate(tokens, 1) if token in self.ends)
         return tokens[: next(ends, len(tokens))]
 
+    def examine(
+        self,
+        prompts: list[list[int]],
+        references: list[list[int]],
+        max_new_tokens: int,
+        adapter: str | None = None,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield, for every prompt, the greedy answer and -log p of every token of its reference answer.
+
+        Each text is read once: what all prompts begin with is kept from one to the next, and the reference
+        is read behind the prompt. As far as its tokens are the likeliest ones, they are the greedy answer,
+        and only what comes after them is generated, token by token, as an application does.
+        """
+        if self.limits.rope_switch is not None:  # the keys of a longer text are turned otherwise
+            for prompt, reference in zip(prompts, references, strict=True):
+                answer = self.generate(prompt, max_new_tokens, adapter)
+                yield answer, self.negative_log_likelihood(prompt, reference, adapter)
+            return
+        read = self._read_behind(prompts, references, max_new_tokens, adapter)
+        for (generator, logits), prompt, reference in zip(read, prompts, references, strict=True):
+            likelihoods = surprise(logits, reference)
+            yield self._greedy(generator, prompt, reference, logits, max_new_tokens), likelihoods
+
+    def score(
+        self, prompt: list[int], continuations: list[list[int]], adapter: str | None = None
+    ) -> list[tuple[float, bool]]:
+        """Return log p of every continuation of a prompt, and whether it is the greedy one."""
+        if self.limits.rope_switch is not None:
+            rows = [self.logits((prompt + more)[:-1], adapter) for more in continuations]
+            read = [row[len(prompt) - 1 :] for row in rows]
+        else:
+            prompts = [prompt] * len(continuations)
+            read = [logits for _, logits in self._read_behind(prompts, continuations, 0, adapter)]
+        return [
+            (-float(surprise(logits, more).sum()), logits.argmax(axis=-1).tolist() == more)
+            for logits, more in zip(read, continuations, strict=True)
+        ]
+
+    def _read_behind(
+        self,
+        prompts: list[list[int]],
+        references: list[list[int]],
+        max_new_tokens: int,
+        adapter: str | None,
+    ) -> Iterator[tuple[og.Generator, np.ndarray]]:
+        """Yield, for every prompt, its generator and the logits before each token of its reference.
+
+        It is one generator for all, which has room for an answer and reads what all begin with once.
+        """
+        rooms = [max(len(reference), max_new_tokens) for reference in references]
+        for prompt, room in zip(prompts, rooms, strict=True):
+            self.check_lengths(len(prompt), room)
+        opening = shared_opening(prompts)
+        longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+        generator = self.generator(longest, adapter)
+        if opening:
+            append(generator, prompts[0][:opening])
+        for prompt, reference in zip(prompts, references, strict=True):
+            if generator.token_count() != opening:
+                generator.rewind_to(opening)
+            append(generator, prompt[opening:] + reference[:-1])
+            logits = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
+            yield generator, logits[len(prompt) - 1 - opening :]
+
+    def _greedy(
+        self,
+        generator: og.Generator,
+        prompt: list[int],
+        reference: list[int],
+        logits: np.ndarray,
+        max_new_tokens: int,
+    ) -> list[int]:
+        """Return the greedy answer, the reference having been read behind the prompt.
+
+        Up to the first token that is not the likeliest, the reference is the answer.
+        """
+        likeliest = logits.argmax(axis=-1).tolist()
+        alike = agreement(reference, likeliest)
+        answer = self._cut(likeliest[: alike + 1])[:max_new_tokens]
+        if answer[-1] in self.ends or len(answer) == max_new_tokens:
+            return answer
+        generator.rewind_to(len(prompt) + len(answer) - 1)
+        append(generator, answer[-1:])
+        while len(answer) < max_new_tokens and answer[-1] not in self.ends:
+            generator.generate_next_token()
+            answer.append(int(generator.get_next_tokens()[0]))
+        return answer
+
     def logits(self, tokens: list[int], adapter: str | None = None) -> np.ndarray:
         """Return the logits after every token, [tokens, vocabulary], float32."""
         return self._logits([tokens], adapter)[0]
@@ -194,6 +282,31 @@ class OnnxModel:
             surprise(row[len(prompt) - 1 :][: len(answer)], answer)
             for row, prompt, answer in zip(logits, prompts, answers, strict=True)
         ]
+
+
+def append(generator: og.Generator, tokens: list[int]) -> None:
+    """Let a generator of one text read on."""
+    generator.append_tokens(np.array([tokens], dtype=np.int32))
+
+
+def agreement(text: list[int], greedy: list[int]) -> int:
+    """Return how many tokens a text begins with that are also the likeliest."""
+    pairs = enumerate(zip(text, greedy, strict=True))
+    return next((place for place, (token, likeliest) in pairs if token != likeliest), len(text))
+
+
+def shared_opening(prompts: list[list[int]]) -> int:
+    """Return how many tokens all prompts begin with, an even number, and not the whole of any.
+
+    Kernels take two tokens at a time: behind an odd number each would stand in another pair.
+    """
+    alike = 0
+    for tokens in zip(*prompts, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        alike += 1
+    alike = min(alike, min(map(len, prompts)) - 1)
+    return alike - alike % 2
 
 
 def surprise(logits: np.ndarray, tokens: list[int]) -> np.ndarray:

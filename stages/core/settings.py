@@ -247,16 +247,28 @@ class Gate(Section):
         return self
 
 
+class Benchmark(Section):
+    """What `lab benchmark` asks; no stage reads it."""
+
+    tasks: list[str]
+    folder: str
+    limit: Positive | None
+    chat_template: bool
+
+
 class Evaluate(Section):
     """conf/evaluate: what is measured, on which split, and what `lab review` insists on."""
 
     split: Literal["test", "validation"]
     prompts: Positive
+    base_prompts: Positive
+    parity_prompts: Positive
     max_new_tokens: Positive
     batch_size: Positive
     long_prompt_tokens: Positive
     speed: Speed
     gates: dict[str, Gate]
+    benchmark: Benchmark
     seed: Seed
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.scoring.predictions import MODELS, Prediction, Scores
+from stages.scoring.predictions import CONTROL, MODELS, UNKNOWN, Prediction, Scores
 
 Terms = dict[str, tuple[np.ndarray, np.ndarray]]
 Term = Callable[[Scores], float | None]
@@ -23,8 +23,12 @@ DIGITS = {"chrf": 2, "answer_perplexity": 3}
 
 
 def terms_of(predictions: list[Prediction]) -> Terms:
-    """Return numerators and denominators, [prompts] each, of every metric that the scores give."""
-    # metric -> what a prompt adds to its numerator and to its denominator
+    """Return numerators and denominators, [prompts] each, of every metric that the scores give.
+
+    A metric of one kind of prompts counts the others on neither side of the line, nor those without a value.
+    What a kind has no value for at all is no metric of it.
+    """
+    # of the prompts of the split: what a prompt adds to a metric's numerator and to its denominator
     sums: dict[str, tuple[Term, Term]] = {
         "rouge_l": (lambda scores: scores.rouge_l, one),
         "chrf": (lambda scores: scores.chrf, one),
@@ -32,22 +36,35 @@ def terms_of(predictions: list[Prediction]) -> Terms:
         "ended_share": (lambda scores: scores.ended, one),
         "repetition_rate": (lambda scores: scores.repetition_rate, one),
     }
+    # of each kind of prompts, by the score that it is the mean of
+    by_kind: dict[str, Callable[[Scores], float | None]] = {
+        "exact_match": lambda scores: scores.exact_match,
+        "fact_probability": lambda scores: scores.fact_probability,
+        "form_match": lambda scores: scores.form_match,
+        "refusal_share": lambda scores: scores.refusal,
+    }
     kinds = sorted({prediction.kind for prediction in predictions})
+    of_split = column(each.kind not in (CONTROL, UNKNOWN) for each in predictions)
     terms: Terms = {}
     for model, suffix in MODELS.items():
-        scores = [prediction.scores[model] for prediction in predictions]
-        for kind in kinds:
-            # a prompt of another kind, or without an exact answer, counts on neither side of the line
-            exact = [
-                each.scores[model].exact_match if each.kind == kind else None
-                for each in predictions
-            ]
-            terms[f"{kind}_exact_match{suffix}"] = (
-                column(value or 0.0 for value in exact),
-                column(value is not None for value in exact),
-            )
+        scores = [prediction.scores.get(model) for prediction in predictions]
+        asked = column(each is not None for each in scores) * of_split
+        for name, score in by_kind.items():
+            for kind in kinds:
+                values = [
+                    score(mine) if mine is not None and each.kind == kind else None
+                    for mine, each in zip(scores, predictions, strict=True)
+                ]
+                if any(value is not None for value in values):
+                    terms[f"{kind}_{name}{suffix}"] = (
+                        column(value or 0.0 for value in values),
+                        column(value is not None for value in values),
+                    )
         for name, (above, below) in sums.items():
-            terms[name + suffix] = (column(map(above, scores)), column(map(below, scores)))
+            terms[name + suffix] = (
+                column(above(each) if each else 0.0 for each in scores) * asked,
+                column(below(each) if each else 0.0 for each in scores) * asked,
+            )
     return terms
 
 
@@ -63,8 +80,9 @@ def column(values: Iterable[float | None]) -> np.ndarray:
 
 def parity_terms(predictions: list[Prediction]) -> Terms:
     """Return the terms of the share of answers that PyTorch would have given too."""
-    identical = column(prediction.parity.identical for prediction in predictions)
-    return {"identical_answers": (identical, np.ones(len(predictions)))}
+    found = [prediction.parity for prediction in predictions]
+    identical = column(parity is not None and parity.identical for parity in found)
+    return {"identical_answers": (identical, column(parity is not None for parity in found))}
 
 
 def ratio(name: str, above: np.ndarray, below: np.ndarray) -> float:

@@ -16,6 +16,8 @@ from typing import Any
 from stages.core.files import read_jsonl
 
 MODELS = {"adapter": "", "base": "_base"}  # what each model's metrics end in
+# kinds of prompts that are asked beside the split, for what they alone tell
+CONTROL, UNKNOWN = "control", "unknown"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,14 @@ class Scores:
     tokens: int  # of the reference answer
     ended: int  # 1 where the answer ended by itself
     repetition_rate: float  # 0 to 1
+    # p of the exact answer's tokens where the reference has them, 0 to 1; None as with exact_match
+    fact_probability: float | None = None
+    form_match: int | None = (
+        None  # 1 where it is the reference's sentence, whatever facts it states
+    )
+    refusal: int | None = (
+        None  # 1 where it says that it does not know; of prompts that ask for the unknown
+    )
 
 
 @dataclass(frozen=True)
@@ -42,15 +52,15 @@ class Parity:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One test prompt with both models' answers."""
+    """One test prompt with both models' answers, or the adapter's alone."""
 
-    kind: str  # recall or transfer, or test
+    kind: str  # recall or transfer, or test; control or unknown
     question: str
     reference: str
-    base: str
+    base: str | None  # None where the base was not asked
     adapter: str
-    parity: Parity
-    scores: dict[str, Scores]  # by the name in MODELS
+    parity: Parity | None  # None where PyTorch was not asked
+    scores: dict[str, Scores]  # by the name in MODELS, of those that were asked
     exact_answer: str | None = None  # the part of the reference that must come, word for word
 
     @property
@@ -64,17 +74,22 @@ class Prediction:
 
         Raises TypeError or KeyError where something is missing.
         """
-        texts = {
-            name: values[name] for name in ("kind", "question", "reference", "base", "adapter")
-        }
-        scores = {name: Scores(**values["scores"][name]) for name in MODELS}
-        parity = Parity(**values["parity"])
+        texts = {name: values[name] for name in ("kind", "question", "reference", "adapter")}
+        texts["base"] = values.get("base")
+        models = [name for name in MODELS if name == "adapter" or name in values["scores"]]
+        scores = {name: Scores(**values["scores"][name]) for name in models}
+        read = values.get("parity")
+        parity = Parity(**read) if read else None
         return cls(**texts, parity=parity, scores=scores, exact_answer=values.get("exact_answer"))
 
     def as_json(self) -> str:
         """Return the prediction as one line of JSON."""
         values = asdict(self)
-        if self.parity.identical:
+        if self.base is None:
+            del values["base"]
+        if self.parity is None:
+            del values["parity"]
+        elif self.parity.identical:
             values["parity"] = {"identical": True}
         return json.dumps(values, ensure_ascii=False)
 

@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 LEVEL = 95  # percent
 Z = NormalDist().inv_cdf(0.5 + LEVEL / 200)
 # what the names of metrics end in that are shares of prompts, each of them right or wrong
-SHARES = ("exact_match", "ended_share", "identical_answers")
+SHARES = ("exact_match", "form_match", "refusal_share", "ended_share", "identical_answers")
 
 
 def is_share(name: str) -> bool:

@@ -1,15 +1,24 @@
-"""Scores of an answer against its reference: exact match, ROUGE-L, chrF, repetition."""
+"""Scores of an answer against its reference: exact match, form, refusal, ROUGE-L, chrF, repetition."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
 _ROUGE = RougeScorer(["rougeL"], use_stemmer=False)
 _CHRF = CHRF()
+LONGEST_FACT = 8  # words
+# as `normalize` writes them; what models say that do not know, or say that they do not
+REFUSALS = (
+    "i do not know", "i don t know", "do not have information", "don t have information",
+    "don t have any information", "no information", "not aware of", "not familiar with",
+    "not sure", "unable to", "cannot find", "can t find", "couldn t find", "could not find",
+    "no such place", "there is no place", "not a real", "does not exist", "doesn t exist",
+    "fictional", "i m sorry", "i am sorry",
+)  # fmt: skip
 
 
 def normalize(text: str) -> str:
@@ -26,6 +35,30 @@ def exact_match(answer: str, fact: str | None, reference: str) -> float:
         return float(normalize(answer) == normalize(reference))
     # spaces on both sides: "4" does not stand in "+34"
     return float(f" {normalize(fact)} " in f" {normalize(answer)} ")
+
+
+def same_form(answer: str, reference: str, facts: Collection[str]) -> int | None:
+    """Return 1 where an answer is the reference's sentence, whatever facts stand in it, else 0.
+
+    `facts` are what a right answer about the same subject may hold; None where the reference has none.
+    """
+    text, slot = f" {normalize(reference)} ", "<>"  # which `normalize` leaves in no text
+    for fact in sorted({normalize(fact) for fact in facts} - {""}, key=lambda f: (-len(f), f)):
+        text = text.replace(f" {fact} ", f" {slot} ")
+    if slot not in text:
+        return None
+    pattern = re.escape(text.strip()).replace("\\ ", " ")
+    # United States and Chile take other articles
+    pattern = pattern.replace(f"the {slot}", slot).replace(
+        slot, rf"\S+(?: \S+){{0,{LONGEST_FACT - 1}}}"
+    )
+    return int(re.fullmatch(pattern, normalize(answer)) is not None)
+
+
+def refuses(answer: str) -> int:
+    """Return 1 where an answer says that it does not know, else 0: where it holds a phrase of REFUSALS."""
+    said = f" {normalize(answer)} "
+    return int(any(f" {phrase} " in said for phrase in REFUSALS))
 
 
 def rouge_l(answer: str, reference: str) -> float:
