@@ -130,7 +130,7 @@ def _has_vulkan() -> bool:
 
 
 def in_software() -> bool:
-    """Say whether WebGPU may be the processor's work here, hundreds of times as slow as a GPU's."""
+    """Say whether WebGPU may be the processor's work here, thousands of times as slow as a GPU's."""
     return os.environ.get(SOFTWARE) == "1"
 
 
