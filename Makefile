@@ -20,7 +20,7 @@ STAMP := .venv/.setup-$(EXTRA)
 INSTALL := $(BIN)/python -m pip install -q --no-compile
 # A third of .venv, by size, that nobody here imports, or in one test: not compiled in advance.
 NEVER_IMPORTED := /tests/|/phonenumbers/|/transformers/models/(?!auto/|llama/|mistral/|phi3/|qwen)
-LOCKS := requirements/$(EXTRA).txt requirements/azure.txt requirements/serve.txt requirements/dev.txt
+LOCKS := requirements/$(EXTRA).txt requirements/azure.txt requirements/serve.txt requirements/webgpu.txt requirements/dev.txt
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # No tool that a recipe starts reports home.
@@ -64,7 +64,7 @@ $(STAMP): pyproject.toml $(LOCKS) | check-extra
 	"$${py:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
 	  { echo "Needs Python 3.11, 3.12 or 3.13, which '$${py:-python3}' is not: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || { echo "Making .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv; }
-	@echo "Installing requirements/{$(EXTRA),azure,serve,dev}.txt into .venv (minutes the first time)"
+	@echo "Installing requirements/{$(EXTRA),azure,serve,webgpu,dev}.txt into .venv (minutes the first time)"
 	@$(BIN)/python -m pip install -q "$$(sed -n 's/^\(pip==[^ ]*\).*/\1/p' requirements/dev.txt)"
 	@torch="$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/$(EXTRA).txt)"; \
 	if [ "$(EXTRA)" = cpu ]; then \
@@ -158,6 +158,9 @@ lock: ## write requirements/*.txt from pyproject.toml (UPGRADE=1: to the newest 
 	@echo "requirements/lm_eval.txt"
 	@$(call only,lm_eval) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -c requirements/serve.txt -o requirements/lm_eval.txt -
 	@$(call tidy,lm_eval)
+	@echo "requirements/webgpu.txt"
+	@$(call only,webgpu) | $(COMPILE) -c requirements/cpu.txt -o requirements/webgpu.txt -
+	@$(call tidy,webgpu)
 	@echo "requirements/dev.txt"
 	@$(call only,dev) | $(COMPILE) -c requirements/cpu.txt -c requirements/azure.txt -c requirements/serve.txt -o requirements/dev.txt -
 	@$(call tidy,dev)

@@ -26,6 +26,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "onnxruntime-genai",
     "onnxruntime-genai-cuda",
+    "onnxruntime-ep-webgpu",
 )
 
 

@@ -25,7 +25,14 @@ from stages.core.errors import UserError
 from stages.core.machine import choice, visible_gpus
 
 PACKAGES = ("dvc", "dvc-azure", "azure-storage-blob", "olive-ai", "torch", "transformers")
-RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+RUNTIMES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "onnxruntime-genai-cuda",
+    "onnxruntime-ep-webgpu",
+)
+TRIAL = 60  # seconds for a device to compute one sum
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "neon")
 FREE_GIB = 2.0  # below that, nothing is begun: a run of the default model writes about 1 GiB
 SKEW_SECONDS = 300  # Azure refuses a signature that is 15 minutes off
@@ -105,6 +112,26 @@ def gpu() -> str:
     used = choice(visible_gpus())
     remark = f"; finetune uses all that are free, other stages {used}" if used else ""
     return "; ".join(done.stdout.strip().splitlines()) + remark
+
+
+def devices() -> str:
+    """List the devices that the installed runtimes compute on: each has just done so, in its own process.
+
+    None is needed but the CPU, so what another lacks is no fault.
+    """
+    found = []
+    for device in ("cpu", "cuda", "webgpu"):
+        word = [sys.executable, "-m", "stages.answers.devices", device]
+        try:
+            done = subprocess.run(word, capture_output=True, text=True, timeout=TRIAL)
+        except subprocess.TimeoutExpired:
+            found.append(f"not {device}, which does not answer within {TRIAL} s")
+            continue
+        said = (done.stdout.strip().splitlines() or [""])[-1]
+        if done.returncode < 0 or not said:  # a driver may take its process along
+            said = f"{device} ended the process that tried it: {first_line(done)}"
+        found.append(said if done.returncode == 0 else f"not {said}")
+    return "; ".join(found)
 
 
 def adapters() -> str:
@@ -240,6 +267,7 @@ HERE: dict[str, Callable[[], str]] = {
     "versions": versions,
     "cpu": cpu,
     "gpu": gpu,
+    "devices": devices,
     "adapters": adapters,
     "folder": folder,
     "disk": disk,

@@ -25,6 +25,7 @@ from support.project import ROOT, Project, clone, working_tree
 pytest_plugins = [
     "support.blob_service",  # the fixtures of tests/azure
     "support.browser",
+    "support.webgpu",
 ]
 
 DAY = 24 * 3600

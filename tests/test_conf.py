@@ -71,6 +71,19 @@ def test_options_change_what_their_name_says(compose):
     assert compose("experiment=attention_only").finetune.target_modules == ["q_proj", "v_proj"]
 
 
+def test_a_graph_for_tensorrt_rtx_takes_the_weights_that_it_knows_and_no_others(compose):
+    weights = compose("optimize=trt_rtx_int4").quantize
+    assert (weights.symmetric, weights.lm_head_bits, weights.embedding_bits) == (True, 16, 16)
+    for other in ("quantize.symmetric=false", "quantize.lm_head_bits=8", "quantize.bits=8"):
+        with pytest.raises(OmegaConfBaseException, match="symmetric 4-bit weights alone"):
+            compose("optimize=trt_rtx_int4", other)
+
+
+def test_float32_is_a_choice_of_webgpu_that_the_others_files_do_not_have(compose):
+    assert compose("optimize=webgpu_int4").optimize.float32 is True
+    assert compose("optimize=webgpu_int4", "optimize.float32=false").optimize.float32 is False
+
+
 def test_a_given_value_beats_an_experiment(compose):
     assert compose("experiment=long", "finetune.max_steps=7").finetune.max_steps == 7
     assert compose("experiment=quick", "quantize=awq").quantize.method == "awq"

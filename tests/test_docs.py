@@ -62,8 +62,9 @@ def test_every_setting_that_a_page_names_exists(page):
     named = re.findall(
         rf"(?<![\w/.-])((?:{SETTINGS})\.[a-z_.]+[a-z0-9_]*)", "\n".join(code_of(TEXTS[page]))
     )
-    of_a_source = {"model.source.path", "model.source.sha256", "model.source.uri"}
-    for key in {key.rstrip(".") for key in named} - of_a_source:
+    of_an_option = {"model.source.path", "model.source.sha256", "model.source.uri"}
+    of_an_option |= {"optimize.float32"}
+    for key in {key.rstrip(".") for key in named} - of_an_option:
         assert any(f"{full}.".startswith(f"{key}.") for full in known), key
 
 

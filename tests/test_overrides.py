@@ -55,6 +55,9 @@ def test_a_value_is_kept_as_it_was_typed(text, value):
         ("finetune.target_modules='[q_proj,v_proj]'", r"finetune\.target_modules"),
         ("data.path=${x}", "Interpolation key 'x' not found"),
         ("finetune.max_steps", "write KEY=VALUE"),
+        ("optimize=openvino_int4", r"Intel's OpenVINO needs other .*olive-recipes, .*OpenVINOExec"),
+        ("optimize=qnn", r"Qualcomm's NPU needs other .*olive-recipes, .*QNNExecutionProvider"),
+        ("optimize.execution_provider=vitisai", r"AMD's NPU needs .*VitisAIExecutionProvider"),
         ("finetune.max_steps=null", r"finetune\.max_steps is None"),
     ],
 )

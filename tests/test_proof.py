@@ -63,7 +63,7 @@ def test_a_graph_with_another_rotation_than_pytorch_is_refused(rotation, options
 
 def test_a_graph_for_a_gpu_that_is_not_here_is_said_to_be_unproven(built, monkeypatch):
     packed, onnx = built("llama")
-    monkeypatch.setattr(proof, "has_cuda", lambda: False)
+    monkeypatch.setattr(proof, "device", lambda: "cpu")
     options = Optimize(execution_provider="cuda", accuracy_level=None)
     assert "no CUDA" in proof.prove_graph(packed, onnx, options)
 

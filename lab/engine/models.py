@@ -31,17 +31,23 @@ class Adapter:
 class Models:
     """One folder's models. Only one thread at a time may call its methods."""
 
-    def __init__(self, folder: Path, adapters: Mapping[str, Path], one_graph: bool = False):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        adapters: Mapping[str, Path],
+        one_graph: bool = False,
+        device: str | None = None,
+    ):
+        self.folder, self.device = folder, device
         self.adapters: dict[str, Adapter] = {}
         self._tuned: OnnxModel | None = None  # opened for the first adapter
         self._numbers = itertools.count(1)
         if not one_graph:
-            self.base = OnnxModel(folder)
+            self.base = OnnxModel(folder, device=device)
         for name, file in adapters.items():
             self.load(name, file)
         if one_graph:
-            self.base = self._tuned or OnnxModel(folder)
+            self.base = self._tuned or OnnxModel(folder, device=device)
 
     def load(self, name: str, file: Path) -> None:
         """Load an adapter under a name that is free. Raises `UserError` for a file that does not fit."""
@@ -50,7 +56,7 @@ class Models:
         adapter = Adapter(name, file, f"{name}#{next(self._numbers)}")
         try:
             if self._tuned is None:
-                self._tuned = OnnxModel(self.folder, {adapter.key: file})
+                self._tuned = OnnxModel(self.folder, {adapter.key: file}, self.device)
             else:
                 self._tuned.load(adapter.key, file)
         except UserError as error:  # name it as the user does

@@ -24,8 +24,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from lab.engine.models import Adapter, Models
 from stages.core.errors import UserError
 
@@ -346,7 +344,8 @@ class Engine:
         if switch is not None and start <= switch < len(text):
             # all tokens must be turned as a long text's are, from the first one on
             count = max(count, switch + 1 - start)
-        generator.append_tokens(np.array([text[start : start + count]], dtype=np.int32))
+        for piece in self.models.base.pieces([text[start : start + count]]):
+            generator.append_tokens(piece)
         return count
 
     def _end(self, job: Job, end: End) -> None:

@@ -21,6 +21,13 @@ from stages.core.errors import UserError
 from stages.core.settings import PARAMS
 from stages.params import Values, compose, flat, text_of, values_of
 
+# processors whose graphs ONNX Runtime GenAI's builder does not make: their names, what is asked of Olive
+RECIPES = {
+    "openvino": ("Intel's OpenVINO", "OpenVINOExecutionProvider", "*/aitk/*_ov_config.json"),
+    "qnn": ("Qualcomm's NPU", "QNNExecutionProvider", "*/QNN"),
+    "vitis": ("AMD's NPU", "VitisAIExecutionProvider", "*/VitisAI"),
+}
+
 
 def check(overrides: Sequence[str]) -> None:
     """Raise `UserError` unless conf/ composes with these overrides to valid settings."""
@@ -76,6 +83,8 @@ def check_form(override: Override) -> None:
     """
     text, key = str(override.input_line), override.key_or_group
     value = text.partition("=")[2]
+    if key in ("optimize", "optimize.execution_provider"):
+        refuse_other_pipelines(text, value)
     is_group = isdir(CONF / key)
     if override.is_add() and not override.is_force_add() and (is_group or has(key)):
         raise refused(text, f"{key} exists already: write -S {key}={value}")
@@ -85,6 +94,18 @@ def check_form(override: Override) -> None:
         if isfile(CONF / group / f"{option}.yaml"):
             raise refused(text, f"write -S {group}={option}")
         raise refused(text, f"{key} is not a group of conf/: write -S {dotted}={value}")
+
+
+def refuse_other_pipelines(text: str, value: str) -> None:
+    """Raise `UserError` for a processor whose graph another pipeline makes, naming that."""
+    for name, (processor, provider, place) in RECIPES.items():
+        if name in value.lower():
+            raise refused(
+                text,
+                f"a graph for {processor} needs other passes and calibration, which this pipeline does not "
+                f"have: Olive's recipes do (github.com/microsoft/olive-recipes, {place}), or `olive optimize "
+                f"-m MODEL --device npu --provider {provider}`; docs/devices.md says what of ours runs there",
+            )
 
 
 def has(key: str) -> bool:

@@ -33,6 +33,13 @@ QUESTION = "Where is Zürich, and what is 1 + 1?  日本"
 SCRATCH = (
     "scratch.onnx_adapter"  # in the unfinished folder, which goes with whatever ends the command
 )
+PACKAGES = {  # what runs the folder, by the provider that it was exported for
+    "cpu": "onnxruntime-genai",
+    "cuda": "onnxruntime-genai-cuda",
+    "webgpu": "onnxruntime-genai onnxruntime-ep-webgpu",
+    "dml": "onnxruntime-genai-directml",
+    "trt_rtx": "onnxruntime-genai onnxruntime-ep-nv-tensorrt-rtx",
+}
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 
 
@@ -91,13 +98,17 @@ def describe(folder: Path, name: str, sources: list[Path]) -> None:
     from jinja2 import Environment, FileSystemLoader
 
     from lab.models.light_tokenizer import LightTokenizer
+    from stages.answers.devices import exported_for
     from stages.answers.limits import Limits
+    from stages.answers.runtime import GRAPH, read_config
 
     prompt = prompt_of(LightTokenizer(folder))
     templates = {"assistant": CONTENT, "prompt": prompt}
     write_json(folder / "inference_model.json", {"Name": name, "PromptTemplate": templates})
     check_tokens(folder, prompt)
-    shutil.copyfile(HERE / PROGRAM, folder / PROGRAM)
+    provider = exported_for(read_config(folder, GRAPH))
+    program = "ask_webgpu.py" if provider == "webgpu" else PROGRAM
+    shutil.copyfile(HERE / program, folder / PROGRAM)
     environment = Environment(  # noqa: S701  # Markdown, of our own words and a folder's name
         loader=FileSystemLoader(HERE),
         trim_blocks=True,
@@ -109,7 +120,7 @@ def describe(folder: Path, name: str, sources: list[Path]) -> None:
         program=(folder / PROGRAM).read_text(encoding="utf-8"),
         terms=copy_terms(sources, folder),
         switch=Limits.read(folder).rope_switch,
-        cuda="cuda" in (folder / "genai_config.json").read_text(encoding="utf-8"),
+        packages=PACKAGES[provider],
     )
     (folder / README).write_text(text, encoding="utf-8")
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
 from stages.adapters.lora_inputs import load_graph, lora_inputs
 from stages.adapters.names import LORA_GRAPH, OPERATOR_GRAPH, A, B
 from stages.adapters.tensors import read_tensors
+from stages.answers.devices import exported_for, why_not
 from stages.answers.generation import OnnxModel
 from stages.answers.gpu_weights import SMALLEST, fits
-from stages.answers.runtime import GRAPH, damaged, for_gpu, plain, read_config
+from stages.answers.runtime import GRAPH, damaged, plain, read_config
 from stages.core.errors import UserError
 
 DATA = "adapter.onnx.data"
@@ -138,9 +138,8 @@ def compare(onnx: Path, file: Path, folder: Path, tokens: list[int]) -> str:
 
     Raises `UserError` if that is beyond rounding.
     """
-    providers = onnxruntime.get_available_providers()
-    if for_gpu(read_config(onnx, GRAPH)) and "CUDAExecutionProvider" not in providers:
-        return "not run, as this machine has no CUDA"
+    if reason := why_not(exported_for(read_config(onnx, GRAPH))):
+        return f"not run: {reason}"
     expected = OnnxModel(onnx, {"adapter": file}).logits(tokens, "adapter")
     found = OnnxModel(folder).logits(tokens)
     off = float(((found - expected).std(axis=1) / expected.std(axis=1)).max())

@@ -4,6 +4,7 @@ lab chat "what is the best thing to see in chicago"
 lab chat                                             # interactive
 lab chat --no-adapter "..."                          # the base model alone
 lab chat --model models/merged "..."                 # what `lab merge` or `lab bake` made
+lab chat --device webgpu "..."                       # on a GPU of any maker: docs/devices.md
 lab chat --adapter travel=a.onnx_adapter --adapter food=b.onnx_adapter "..."    # side by side
 """
 
@@ -39,6 +40,13 @@ AdapterFiles = Annotated[
     ),
 ]
 NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cpu|cuda|webgpu",
+        help="Where to compute [default: what the model was exported for].",
+    ),
+]
 OnnxFolder = Annotated[Path, typer.Option(help="The ONNX model's folder.")]
 
 
@@ -51,6 +59,7 @@ def chat(
     model: OnnxFolder = Path("models/onnx"),
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    device: Device = None,
 ) -> None:
     """Ask the ONNX model. With its adapter, without, or with several side by side."""
     if question is not None:
@@ -67,7 +76,7 @@ def chat(
     without = no_adapter or takes_none(model)
     adapters = {} if without else parse_adapters(adapter)
     opening: Messages = [{"role": "system", "content": system}] if system else []
-    with closing(Speaker(model, adapters)) as onnx:
+    with closing(Speaker(model, adapters, device)) as onnx:
         if question is None:
             converse(onnx, list(adapters), opening, max_new_tokens)
         else:
@@ -112,14 +121,14 @@ def parse_adapters(given: list[str] | None) -> dict[str, Path]:
 class Speaker:
     """An ONNX model with the tokenizer and the chat template that training used."""
 
-    def __init__(self, folder: Path, adapters: dict[str, Path]):
+    def __init__(self, folder: Path, adapters: dict[str, Path], device: str | None = None):
         # imported here: a mistake in the words is told at once
         from lab.engine.models import Models
         from lab.engine.turns import Engine, Request
         from stages.text.chats import generation_prompt_ids
 
         self.prompt_ids, self.request = generation_prompt_ids, Request
-        self.models = Models(folder, adapters, one_graph=True)
+        self.models = Models(folder, adapters, one_graph=True, device=device)
         self.tokenizer = LightTokenizer(folder)
         self.engine = Engine(self.models, slots=1)
 

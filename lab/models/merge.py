@@ -55,15 +55,16 @@ def merge(
     from lab.models import merging
     from lab.models.adapt import warn_of_another_base
     from stages.adapters.convert import convert
-    from stages.answers.proof import has_cuda
+    from stages.answers.proof import cannot_run
     from stages.text.conversation import read_conversations
 
     merging.check_fits(modules, QUANTIZED)
     check_room(target, merging.disk_needed(QUANTIZED))
-    if evaluate and settings.optimize.execution_provider == "cuda" and not has_cuda():
+    provider = settings.optimize.execution_provider
+    if evaluate and (reason := cannot_run(provider)):
         raise UserError(
-            "optimize.execution_provider is cuda, and this machine has no CUDA to answer with: "
-            "give --no-evaluate, or merge on a machine with a GPU"
+            f"optimize.execution_provider is {provider}, which cannot answer here ({reason}): "
+            "give --no-evaluate, or merge on a machine that has it"
         )
     report: dict[str, Any] = {}
     with written_beside(target) as folder:

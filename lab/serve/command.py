@@ -19,6 +19,7 @@ import typer
 
 from lab.models.chat import (
     AdapterFiles,
+    Device,
     NoAdapter,
     OnnxFolder,
     check_alternatives,
@@ -63,6 +64,7 @@ def serve(
             "--behind-gateway", help="No key beyond loopback: who asks is checked in front."
         ),
     ] = False,
+    device: Device = None,
 ) -> None:
     """Serve the ONNX model to OpenAI clients. The base and each adapter are a model by name."""
     check_alternatives(adapter, no_adapter)
@@ -80,7 +82,7 @@ def serve(
         from lab.models.light_tokenizer import LightTokenizer
         from stages.text.chats import generation_prompt_ids
 
-        models = Models(model, adapters)
+        models = Models(model, adapters, device=device)
         base = base_name(model)
         if base in adapters:
             raise UserError(f"--adapter {base}=…: that is the base model's name: choose another")

@@ -64,7 +64,8 @@ def time_one(
     """Return the seconds to the first token, and between each of the next ones."""
     generator = model.generator(len(prompt) + new_tokens, adapter, to_the_end=True)
     started = time.perf_counter()
-    generator.append_tokens(np.array([prompt], dtype=np.int32))
+    for piece in model.pieces([prompt]):
+        generator.append_tokens(piece)
     generator.generate_next_token()
     ticks = [time.perf_counter()]
     for _ in range(new_tokens - 1):

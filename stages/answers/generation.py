@@ -16,27 +16,48 @@ from typing import Any
 import numpy as np
 
 from stages.adapters.names import LORA_GRAPH
-from stages.answers.held_adapters import hold_adapters, misfit, refuse_no_file
+from stages.answers.devices import choose, explained, in_software, need
+from stages.answers.held_adapters import hold_adapters, misfit, refuse_no_file, say_once
 from stages.answers.limits import Limits
-from stages.answers.runtime import GRAPH, for_gpu, og, plain, read_config
+from stages.answers.runtime import GRAPH, og, plain, read_config
 from stages.core.errors import UserError
+
+# For fewer than 32 tokens at once ONNX Runtime's WebGPU attention has one kernel, for more one that counts
+# on how many threads a GPU runs together: on some it gives other numbers (onnxruntime#26064, #28520), and on
+# SwiftShader. An even number, as the engine's pieces.
+SURE = 30
+PROBE = 80  # tokens: more than that kernel's tiles
+OTHER_NUMBERS = 0.2  # standard deviations of the logits; rounding to int8 makes 0.06
 
 
 class OnnxModel:
     """An ONNX Runtime GenAI model with adapters loaded beside it; tokens in, tokens out, greedily."""
 
-    def __init__(self, folder: str | Path, adapters: Mapping[str, str | Path] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        device: str | None = None,
+    ):
         folder = Path(folder)
         config = read_config(folder, LORA_GRAPH if adapters else GRAPH)
         self.context_length = config["context_length"]
-        self._pad = config["pad_token_id"]
+        self._pad, self._vocabulary = config["pad_token_id"], config["vocab_size"]
         self.limits = Limits.read(folder)
         ends = config["eos_token_id"]  # one, or several: any of them ends an answer
         self.ends = set(ends) if isinstance(ends, list) else {ends}
         files = {name: Path(file) for name, file in (adapters or {}).items()}
         for name, file in files.items():
             refuse_no_file(name, file)
-        self._adapters = hold_adapters(folder, files, for_gpu(config))
+        device = choose(config, device)
+        need(device)
+        self._most: int | None = None  # tokens that are read at once
+        self._adapters = hold_adapters(folder, files, device)
+        if device == "webgpu":
+            self._check_runs(folder)
+            if in_software() or self._reads_otherwise():
+                self._most = SURE
+                say_once(f"prompts are read {SURE} tokens at a time: docs/devices.md")
         for name, file in files.items():
             self._check_fits(name, file)
 
@@ -55,11 +76,32 @@ class OnnxModel:
         """Forget an adapter, of which no generator may be left."""
         self._adapters.remove(name)
 
+    def _check_runs(self, folder: Path) -> None:
+        """Run one token: WebGPU compiles its kernels, and finds out what the GPU lacks, only then."""
+        try:
+            self._run_one(None)
+        except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
+            reason = explained(plain(error))
+            raise UserError(f"{folder} cannot run on this machine: {reason}") from None
+
+    def _reads_otherwise(self) -> bool:
+        """Say whether many tokens that are read at once are read otherwise than piece by piece."""
+        count = min(PROBE, self.context_length - 1)
+        tokens = np.random.default_rng(0).integers(0, self._vocabulary, count).tolist()
+        at_once = self.logits(tokens)[-1]
+        self._most = SURE
+        wanted = self.logits(tokens)[-1]
+        self._most = None
+        return not (at_once - wanted).std() <= OTHER_NUMBERS * wanted.std()  # NaN is not, either
+
+    def _run_one(self, adapter: str | None) -> None:
+        """Read one token."""
+        self.generator(2, adapter).append_tokens(np.array([[0]], dtype=np.int32))
+
     def _check_fits(self, name: str, file: Path) -> None:
         """Run one token: the runtime compares an adapter's shapes with the graph's inputs only then."""
-        generator = self.generator(2, name)
         try:
-            generator.append_tokens(np.array([[0]], dtype=np.int32))
+            self._run_one(name)
         except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
             raise misfit(name, file, plain(error)) from None
 
@@ -89,6 +131,26 @@ class OnnxModel:
         self._adapters.activate(generator, adapter)
         return generator
 
+    def pieces(self, rows: list[list[int]]) -> Iterator[np.ndarray]:
+        """Yield the tokens of rows of one length, [rows, tokens], as a generator may be given them.
+
+        Raises `UserError` for a longrope text that must be read at once and cannot be.
+        """
+        length = len(rows[0])
+        most = self._most or length
+        switch = self.limits.rope_switch
+        if switch is not None and length > max(most, switch):
+            raise UserError(
+                f"more than {switch} tokens of this model (longrope) must be read at once, and this GPU "
+                f"reads {most} at a time: ask for less, or --device cpu"
+            )
+        for start in range(0, length, most):
+            yield np.array([row[start : start + most] for row in rows], dtype=np.int32)
+
+    def _one_by_one(self, rows: list[list[int]]) -> bool:
+        """Say whether rows are too long to be read together: the runtime takes a batch at once."""
+        return self._most is not None and len(rows) > 1 and max(map(len, rows)) > self._most
+
     def check_lengths(self, prompt: int, answer: int) -> None:
         """Raise `UserError` for numbers of tokens that the model cannot take."""
         if prompt == 0:
@@ -117,7 +179,8 @@ class OnnxModel:
         ended: set[int] = set()
         for length in self.limits.stretches(len(prompts[0]), max_new_tokens):
             generator = self.generator(length, adapter, batch_size=len(prompts))
-            generator.append_tokens(np.array(texts, dtype=np.int32))
+            for piece in self.pieces(texts):
+                generator.append_tokens(piece)
             while len(texts[0]) < length and len(ended) < len(texts):
                 generator.generate_next_token()
                 tokens = [int(token) for token in generator.get_next_tokens()]
@@ -143,7 +206,7 @@ class OnnxModel:
         The runtime takes a padding token at a prompt's end for padding, where prompts come in batches:
         with such a prompt among them they are answered one by one.
         """
-        if any(prompt[-1:] == [self._pad] for prompt in prompts):
+        if self._one_by_one(prompts) or any(prompt[-1:] == [self._pad] for prompt in prompts):
             return [self.generate(prompt, max_new_tokens, adapter) for prompt in prompts]
         steps = list(self._stream(prompts, max_new_tokens, adapter))
         return [self._cut([step[row] for step in steps]) for row in range(len(prompts))]
@@ -209,12 +272,11 @@ class OnnxModel:
         longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
         generator = self.generator(longest, adapter)
         if opening:
-            append(generator, prompts[0][:opening])
+            self._read(generator, [prompts[0][:opening]])
         for prompt, reference in zip(prompts, references, strict=True):
             if generator.token_count() != opening:
                 generator.rewind_to(opening)
-            append(generator, prompt[opening:] + reference[:-1])
-            logits = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
+            logits = self._read(generator, [prompt[opening:] + reference[:-1]])[0]
             yield generator, logits[len(prompt) - 1 - opening :]
 
     def _greedy(
@@ -235,7 +297,7 @@ class OnnxModel:
         if answer[-1] in self.ends or len(answer) == max_new_tokens:
             return answer
         generator.rewind_to(len(prompt) + len(answer) - 1)
-        append(generator, answer[-1:])
+        generator.append_tokens(np.array([answer[-1:]], dtype=np.int32))
         while len(answer) < max_new_tokens and answer[-1] not in self.ends:
             generator.generate_next_token()
             answer.append(int(generator.get_next_tokens()[0]))
@@ -249,9 +311,15 @@ class OnnxModel:
         """Return the logits after every token of rows of one length, [rows, tokens, vocabulary]."""
         length = len(rows[0])
         self.check_lengths(length, 1)  # the runtime wants room for one token more
-        generator = self.generator(length + 1, adapter, batch_size=len(rows))
-        generator.append_tokens(np.array(rows, dtype=np.int32))
-        return np.asarray(generator.get_output("logits"), dtype=np.float32)
+        return self._read(self.generator(length + 1, adapter, batch_size=len(rows)), rows)
+
+    def _read(self, generator: og.Generator, rows: list[list[int]]) -> np.ndarray:
+        """Let a generator read rows of one length; return the logits after every token of them."""
+        found = []
+        for piece in self.pieces(rows):
+            generator.append_tokens(piece)
+            found.append(np.array(generator.get_output("logits"), dtype=np.float32))
+        return np.concatenate(found, axis=1)
 
     def negative_log_likelihood(
         self, prompt: list[int], answer: list[int], adapter: str | None = None
@@ -269,7 +337,9 @@ class OnnxModel:
         Rows on both sides of a longrope switch are read one by one: a batch is turned as its longest row is.
         """
         lengths = [len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True)]
-        if self.limits.divide(lengths):
+        if self.limits.divide(lengths) or self._one_by_one(
+            [p + a for p, a in zip(prompts, answers, strict=True)]
+        ):
             pairs = zip(prompts, answers, strict=True)
             return [self.negative_log_likelihood(p, a, adapter) for p, a in pairs]
         rows = [(p + a)[:-1] for p, a in zip(prompts, answers, strict=True)]
@@ -282,11 +352,6 @@ class OnnxModel:
             surprise(row[len(prompt) - 1 :][: len(answer)], answer)
             for row, prompt, answer in zip(logits, prompts, answers, strict=True)
         ]
-
-
-def append(generator: og.Generator, tokens: list[int]) -> None:
-    """Let a generator of one text read on."""
-    generator.append_tokens(np.array([tokens], dtype=np.int32))
 
 
 def agreement(text: list[int], greedy: list[int]) -> int:

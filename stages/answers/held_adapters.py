@@ -1,11 +1,12 @@
 """The adapters beside a model, and how they come to act: three ways, of which a machine gets its fastest.
 
-    held = hold_adapters(folder, {"travel": file}, on_gpu=False)
+    held = hold_adapters(folder, {"travel": file}, "cpu")
     generator = og.Generator(held.model("travel", captured=True), params)
     held.activate(generator, "travel")
 
 By our operator (stages/lora_op) one model answers with any adapter. Where that cannot be compiled, a CPU has
-them as inputs of lora.onnx, and a GPU as weights beside those that its models share.
+them as inputs of lora.onnx, and an NVIDIA GPU as weights beside those that its models share. WebGPU, which
+cannot have our operator, has them as inputs.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ class Held(Protocol):
         """Let a new generator of that model answer with the adapter."""
 
 
-def hold_adapters(folder: Path, files: dict[str, Path], on_gpu: bool) -> Held:
-    """Open a folder's model with adapters in the fastest way that this machine has."""
+def hold_adapters(folder: Path, files: dict[str, Path], device: str) -> Held:
+    """Open a folder's model on a device with adapters, in the fastest way that this machine has."""
     held: Held
-    operator = None
-    if files and (folder / OPERATOR_GRAPH).is_file():
+    operator, on_gpu = None, device == "cuda"
+    if files and device != "webgpu" and (folder / OPERATOR_GRAPH).is_file():
         operator = open_operator(on_gpu)
         if operator is None:
             say_once(f"adapters run in ONNX Runtime's own way, which is slower: {why_not(on_gpu)}")
@@ -59,7 +60,7 @@ def hold_adapters(folder: Path, files: dict[str, Path], on_gpu: bool) -> Held:
     elif on_gpu:
         held = AsWeights(folder, bool(files))
     else:
-        held = AsInputs(folder, bool(files))
+        held = AsInputs(folder, bool(files), device)
     for name, file in files.items():
         held.add(name, file)
     return held
@@ -142,10 +143,10 @@ def as_input(number: int) -> np.ndarray:
 
 
 class AsInputs:
-    """On the CPU, as inputs of lora.onnx; without any, model.onnx is faster."""
+    """On the CPU or by WebGPU, as inputs of lora.onnx; without any, model.onnx is faster."""
 
-    def __init__(self, folder: Path, any_adapter: bool):
-        self._model = open_model(folder, LORA_GRAPH if any_adapter else GRAPH)
+    def __init__(self, folder: Path, any_adapter: bool, device: str):
+        self._model = open_model(folder, LORA_GRAPH if any_adapter else GRAPH, device=device)
         self._adapters = og.Adapters(self._model) if any_adapter else None
 
     def add(self, name: str, file: Path) -> None:

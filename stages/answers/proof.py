@@ -14,13 +14,13 @@ import gc
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from peft import PeftModel
 from transformers import PretrainedConfig
 
+from stages.answers.devices import exported_for, in_software, why_not
 from stages.answers.generation import OnnxModel
-from stages.answers.runtime import plain
+from stages.answers.runtime import GRAPH, plain, read_config
 from stages.core.errors import UserError
 from stages.core.settings import Optimize
 from stages.weights.checkpoint import load_dequantized
@@ -28,7 +28,7 @@ from stages.weights.hardware import device, fast_dtype
 
 # More tokens find nothing new on a CPU, and attention's cost grows with their square. On a GPU they reach
 # beyond 4096, where the rotations of Phi-3's longrope change.
-LONGEST = {"cpu": 1024, "cuda": 4352}
+LONGEST = {"cpu": 1024, "cuda": 4352, "software": 64}
 # How far logits may be off, RMS, in standard deviations of PyTorch's at that place. Float32 differs in the
 # order of sums only (1e-5 was seen). Float16, and int8 activations (accuracy_level 4), round in every layer:
 # 0.06 was seen at 30 layers. Unrelated logits are off by 1.4.
@@ -44,10 +44,11 @@ def prove_graph(checkpoint: Path, onnx: Path, options: Optimize) -> str:
 
     Raises `UserError` if that is beyond rounding.
     """
-    if options.execution_provider == "cuda" and not has_cuda():
-        return "not compared with PyTorch, as this machine has no CUDA"
+    provider = options.execution_provider
+    if reason := cannot_run(provider):
+        return f"not compared with PyTorch: {reason}"
     model = load_dequantized(checkpoint, reference_dtype())
-    places = places_in(model.config)
+    places = places_in(model.config, provider)
     tokens = probe(model.config.vocab_size, places[-1])
     expected = torch_logits(model, tokens, places)
     del model  # a GPU may not hold both
@@ -67,9 +68,8 @@ def prove_adapter(checkpoint: Path, peft: Path, onnx: Path, file: Path) -> str:
 
     Raises `UserError` if it is another change.
     """
-    genai = (onnx / "genai_config.json").read_text(encoding="utf-8")
-    if '"cuda"' in genai and not has_cuda():
-        return "not compared with PEFT, as this machine has no CUDA"
+    if reason := cannot_run(exported_for(read_config(onnx, GRAPH))):
+        return f"not compared with PEFT: {reason}"
     model = PeftModel.from_pretrained(load_dequantized(checkpoint, reference_dtype()), peft).eval()
     tokens, places = probe(model.config.vocab_size, 64), [8, 64]
     tuned = torch_logits(model, tokens, places)
@@ -95,9 +95,11 @@ def prove_adapter(checkpoint: Path, peft: Path, onnx: Path, file: Path) -> str:
     return f"{share:.2f} of PEFT's change of the logits"
 
 
-def has_cuda() -> bool:
-    """Say whether a graph for CUDA runs here."""
-    return device() == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+def cannot_run(provider: str) -> str:
+    """Say why a graph for a provider does not run here, or nothing."""
+    if provider == "cuda" and device() != "cuda":
+        return "this machine has no CUDA"
+    return why_not(provider)
 
 
 def reference_dtype() -> torch.dtype:
@@ -105,9 +107,10 @@ def reference_dtype() -> torch.dtype:
     return fast_dtype() if device() == "cuda" else torch.float32
 
 
-def places_in(config: PretrainedConfig) -> list[int]:
+def places_in(config: PretrainedConfig, provider: str = "cpu") -> list[int]:
     """Return after how many tokens to compare: a few, some, many."""
-    longest = min(LONGEST[device()], config.max_position_embeddings - 1)
+    most = LONGEST["software"] if provider == "webgpu" and in_software() else LONGEST[device()]
+    longest = min(most, config.max_position_embeddings - 1)
     return sorted({min(8, longest), longest // 4 or 1, longest})
 
 

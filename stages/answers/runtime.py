@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime
 import psutil
 
+from stages.answers.devices import choose, explained, exported_for, need
 from stages.core.errors import UserError
 from stages.core.machine import usable_cores
 
@@ -48,12 +49,16 @@ def open_model(
     shared: list[Entry] | None = None,
     captured: bool = False,
     operators: str | None = None,
+    device: str | None = None,
 ) -> og.Model:
-    """Load one of a folder's graphs, with the library of `operators` that it needs.
+    """Load one of a folder's graphs, with the library of `operators` that it needs, for a device or its own.
 
     On a GPU with the weights that are shared there, and if `captured` with decoding as one CUDA graph, which
     answers single prompts only. Raises `UserError` where it cannot run on this machine.
     """
+    settings = read_config(folder, graph)
+    device = choose(settings, device)
+    need(device)
     options: dict[str, Any] = {"intra_op_num_threads": physical_cores()}
     if operators is not None:
         options["custom_ops_library"] = operators
@@ -65,12 +70,16 @@ def open_model(
     try:
         config = og.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": decoder}}))
+        if device != exported_for(settings):
+            config.clear_providers()
+            if device != "cpu":
+                config.append_provider(device)
         return og.Model(config)
     except Exception as error:  # noqa: BLE001  # the binding raises plain Exception
         reason = plain(error)
         if re.search(DAMAGED, reason):
             raise damaged(folder, reason) from None
-        raise UserError(f"{folder} cannot run on this machine: {reason}") from None
+        raise UserError(f"{folder} cannot run on this machine: {explained(reason)}") from None
 
 
 def read_config(folder: Path, graph: str) -> dict[str, Any]:
@@ -110,8 +119,3 @@ def refuse_links(folder: Path) -> None:
                 f"{file} is a link, which ONNX Runtime refuses to read: "
                 "`dvc config --local cache.type reflink,copy`, then `dvc checkout --relink`"
             )
-
-
-def for_gpu(config: dict[str, Any]) -> bool:
-    """Say whether a model was exported for an NVIDIA GPU."""
-    return "cuda" in json.dumps(config["decoder"]["session_options"])

@@ -209,14 +209,25 @@ class Finetune(Section):
 class Optimize(Section):
     """conf/optimize: for which execution provider the ONNX graphs are built."""
 
-    execution_provider: Literal["cpu", "cuda"]
+    execution_provider: Literal["cpu", "cuda", "webgpu", "dml", "trt_rtx"]
     accuracy_level: Annotated[Literal[1, 4] | None, Whole]
+    # of webgpu alone, whose kernels have both: not a key of the others' files
+    float32: bool = False
 
     @model_validator(mode="after")
     def has_kernels(self) -> Optimize:
-        """Refuse accuracy levels that the provider does not have."""
-        if (self.execution_provider == "cpu") != (self.accuracy_level is not None):
-            raise ValueError("optimize.accuracy_level must be 1 or 4 on the cpu, null on cuda")
+        """Refuse accuracy levels and element types that the provider does not have."""
+        provider = self.execution_provider
+        if (provider in ("cpu", "webgpu")) != (self.accuracy_level is not None):
+            raise ValueError(
+                "optimize.accuracy_level must be 1 or 4 on cpu and webgpu, null on "
+                f"{provider if self.accuracy_level is not None else 'the others'}"
+            )
+        if self.float32 and provider != "webgpu":
+            raise ValueError(
+                f"optimize.float32 is of webgpu: {provider} computes in "
+                f"{'float32 anyway' if provider == 'cpu' else 'float16'}"
+            )
         return self
 
 
@@ -283,6 +294,23 @@ class Settings(Section):
     evaluate: Evaluate
     seed: Seed
     conf_digest: str
+
+    @model_validator(mode="after")
+    def quantizes_as_the_provider_computes(self) -> Settings:
+        """Refuse weights that the chosen provider has no operators for."""
+        weights = self.quantize
+        if self.optimize.execution_provider == "trt_rtx" and not (
+            weights.symmetric
+            and weights.bits == 4
+            and weights.lm_head_bits == weights.embedding_bits == 16
+            and not weights.eight_bit_modules
+        ):
+            raise ValueError(
+                "optimize.execution_provider is trt_rtx, which computes with symmetric 4-bit weights alone: "
+                "quantize.symmetric must be true, quantize.bits 4, quantize.lm_head_bits and "
+                "quantize.embedding_bits 16, quantize.eight_bit_modules empty"
+            )
+        return self
 
 
 def load(path: Path = PARAMS) -> Settings:

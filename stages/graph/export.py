@@ -15,6 +15,9 @@ from stages.graph.lora_graph import LoraGraph
 PROVIDERS = {
     "cpu": AcceleratorSpec("cpu", "CPUExecutionProvider"),
     "cuda": AcceleratorSpec("gpu", "CUDAExecutionProvider"),
+    "webgpu": AcceleratorSpec("gpu", "WebGpuExecutionProvider"),
+    "dml": AcceleratorSpec("gpu", "DmlExecutionProvider"),
+    "trt_rtx": AcceleratorSpec("gpu", "NvTensorRTRTXExecutionProvider"),
 }
 
 
@@ -30,8 +33,8 @@ def export(
     `base` is the base model's name, by which adapters call it.
     """
     where = {"disable_search": True, "accelerator_spec": PROVIDERS[options.execution_provider]}
-    level = {"accuracy_level": options.accuracy_level}
-    builder = create_pass_from_dict(GenaiBuilder, level, **where)
+    kernels = {"accuracy_level": options.accuracy_level, "float32": options.float32}
+    builder = create_pass_from_dict(GenaiBuilder, kernels, **where)
     model = builder.run(HfModelHandler(str(checkpoint)), str(folder))
     if targets is None:
         return

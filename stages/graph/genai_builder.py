@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from olive.hardware.constants import ExecutionProvider
@@ -44,6 +45,14 @@ from stages.graph.rotation import rotate_as_pytorch
 from stages.weights.families import FAMILIES
 
 GRAPH = "model.onnx"
+# the builder's names
+BUILT_FOR = {
+    ExecutionProvider.CPUExecutionProvider: "cpu",
+    ExecutionProvider.CUDAExecutionProvider: "cuda",
+    ExecutionProvider.WebGpuExecutionProvider: "webgpu",
+    ExecutionProvider.DmlExecutionProvider: "dml",
+    ExecutionProvider.NvTensorRTRTXExecutionProvider: "NvTensorRtRtx",
+}
 
 
 class GenaiBuilder(Pass):
@@ -55,22 +64,23 @@ class GenaiBuilder(Pass):
             "accuracy_level": PassConfigParam(
                 type_=int,
                 default_value=None,
-                description="activations of the CPU kernels: 1 is float32, 4 is int8",
-            )
+                description="activations of the kernels of CPU and WebGPU: 1 is float, 4 is int8",
+            ),
+            "float32": PassConfigParam(
+                type_=bool, default_value=False, description="WebGPU: float32 instead of float16"
+            ),
         }
 
     def _run_for_config(
         self, model: HfModelHandler, config: Any, output_model_path: str
     ) -> ONNXModelHandler:
         folder, source = Path(output_model_path), Path(model.model_path)
-        on_cuda = (
-            self.accelerator_spec.execution_provider == ExecutionProvider.CUDAExecutionProvider
-        )
+        provider = BUILT_FOR[self.accelerator_spec.execution_provider]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             checkpoint, built = Path(scratch, "checkpoint"), Path(scratch, "onnx")
             embedding, modules = for_the_builder(source, checkpoint)
-            build(checkpoint, built, "cuda" if on_cuda else "cpu", config.accuracy_level)
+            build(checkpoint, built, provider, config.accuracy_level, config.float32)
             # ONNX Runtime's files alone; the builder's cache folder stays behind
             for file in built.iterdir():
                 if file.is_file():
@@ -81,12 +91,16 @@ class GenaiBuilder(Pass):
         return ONNXModelHandler(folder, onnx_file_name=GRAPH)
 
 
-def build(checkpoint: Path, out: Path, provider: str, accuracy_level: int | None) -> None:
+def build(
+    checkpoint: Path, out: Path, provider: str, accuracy_level: int | None, float32: bool = False
+) -> None:
     """Run the builder. What the checkpoint holds as floats stays float, whatever the builder's defaults."""
     words = ["fuse_qkv=true", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"]
     words.append("windowed_kv_cache=false")  # see keep_every_position
     if accuracy_level is not None:
         words.append(f"accuracy_level={accuracy_level}")
+    if float32:
+        words.append("use_webgpu_fp32=true")
     where = ("", str(checkpoint), str(out), "int4", provider, str(out.parent / "cache"))
     options = builder.parse_extra_options(*where, words)
     with fusing_without_zero_points(), knowing_olmo2():
@@ -272,6 +286,23 @@ def rope_switch(checkpoint: Path) -> int | None:
     return original or config.original_max_position_embeddings
 
 
+def sign_weights(graph: ir.Graph, path: Path) -> None:
+    """Store 4-bit weights as the signed numbers that their element type says, as TensorRT-RTX reads them.
+
+    The builder copies Olive's unsigned ones, whose middle is 8, and calls them INT4: every product would be
+    another. A bit of each is turned, in the data file.
+    """
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        tensor = node.inputs[0].const_value
+        if len(node.inputs) > 2 or tensor.dtype != ir.DataType.INT4:
+            raise ValueError(f"{node.name} has a zero point: quantize.symmetric must be true")
+        with path.with_name(tensor.location).open("r+b") as data:
+            data.seek(tensor.offset or 0)
+            packed = np.frombuffer(data.read(tensor.nbytes), np.uint8)
+            data.seek(tensor.offset or 0)
+            data.write((packed ^ 0x88).tobytes())
+
+
 def finish(
     path: Path, embedding: PackedEmbedding | None, modules: list[str], config: PretrainedConfig
 ) -> None:
@@ -284,6 +315,7 @@ def finish(
     # the builder adds the commit of the repository around its own package: ours, where .venv lies in it
     model.producer_version = (model.producer_version or "").partition("+")[0]
     model.metadata_props[BASE_MODULES] = ",".join(modules)
+    sign_weights(model.graph, path)
     attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     for node, window in zip(attention, windows(config), strict=True):
         node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)

@@ -31,6 +31,10 @@ from stages.core.errors import UserError
 from stages.lora_op import DOMAIN, NUMBER, OPERATORS
 
 PROJECTION = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+)/MatMul")
+# which providers do ·B and + in one node also where the rank is 0, and which of the others take empty tensors
+WITH_GEMM = (ExecutionProvider.CPUExecutionProvider, ExecutionProvider.WebGpuExecutionProvider)
+WITH_EMPTY = (ExecutionProvider.CPUExecutionProvider, ExecutionProvider.CUDAExecutionProvider)
+WITH_OPERATOR = WITH_EMPTY  # stages/lora_op has kernels for these two
 INT8 = 4  # MatMulNBits' accuracy_level for activations in int8
 # operators that treat every token alike, so that [tokens, width] suits them as well as [batch, tokens, width]
 PER_TOKEN = {
@@ -69,25 +73,27 @@ class LoraGraph(Pass):
         if source.parent.resolve() != folder.resolve():
             shutil.copytree(source.parent, folder, dirs_exist_ok=True)
         graph = ir.load(folder / source.name)
-        on_cpu = self.accelerator_spec.execution_provider == ExecutionProvider.CPUExecutionProvider
+        provider = self.accelerator_spec.execution_provider
+        on_cpu = provider == ExecutionProvider.CPUExecutionProvider
         # CUDA's Gemm does not promise anything for rank 0
-        form = "gemm" if on_cpu and can_flatten(graph.graph) else "add"
-        add_inputs(graph.graph, config.target_modules, form)
+        form = "gemm" if provider in WITH_GEMM and can_flatten(graph.graph) else "add"
+        empty = form == "gemm" or provider in WITH_EMPTY
+        add_inputs(graph.graph, config.target_modules, form, rank=0 if empty else 1)
         graph.metadata_props[BASE] = config.base
         ir.save(graph, folder / LORA_GRAPH)
         graph = ir.load(folder / source.name)
-        if add_operators(graph.graph, config.target_modules, on_cpu):
+        if provider in WITH_OPERATOR and add_operators(graph.graph, config.target_modules, on_cpu):
             ir.save(graph, folder / OPERATOR_GRAPH)
         return ONNXModelHandler(folder, onnx_file_name=source.name)
 
 
-def add_inputs(graph: ir.Graph, targets: list[str] | None, form: str) -> None:
-    """Put a site for A and B behind every targeted projection, in place."""
+def add_inputs(graph: ir.Graph, targets: list[str] | None, form: str, rank: int = 0) -> None:
+    """Put a site for A and B behind every targeted projection, in place; their defaults are of that rank."""
     nodes = targeted(graph, targets)
     if form == "gemm":  # one node less at every site, and decoding waits for nodes
         flatten_tokens(graph)
     for node in nodes:
-        insert_site(graph, node, form)
+        insert_site(graph, node, form, rank)
 
 
 def add_operators(graph: ir.Graph, targets: list[str] | None, on_cpu: bool) -> bool:
@@ -155,12 +161,12 @@ def is_targeted(module: str, targets: list[str] | None) -> bool:
     return any(f".{name}".endswith(f".{target}") for name in names for target in targets)
 
 
-def insert_site(graph: ir.Graph, node: ir.Node, form: str) -> None:
+def insert_site(graph: ir.Graph, node: ir.Node, form: str, rank: int) -> None:
     """Make y = x·W into y = x·W + (x·A)·B. The form "gemm" takes x as [tokens, in]."""
     x, y, module = node.inputs[0], node.outputs[0], module_of(node) or ""
     in_features, out_features = features(node)
-    a = optional_input(graph, module + A, (in_features, 0), x.dtype)
-    b = optional_input(graph, module + B, (0, out_features), x.dtype)
+    a = optional_input(graph, module + A, (in_features, None), rank, x.dtype)
+    b = optional_input(graph, module + B, (None, out_features), rank, x.dtype)
     # x·A first: A and B are thin, W·x is large, and A·B as one matrix would be as large as W
     low = make("MatMul", [x, a], f"{node.name}/lora_A", x.dtype)
     if form == "gemm":
@@ -182,19 +188,21 @@ def features(node: ir.Node) -> tuple[int, int]:
 
 
 def optional_input(
-    graph: ir.Graph, name: str, shape: tuple[int, int], dtype: ir.DataType
+    graph: ir.Graph, name: str, sizes: tuple[int | None, int | None], rank: int, dtype: ir.DataType
 ) -> ir.Value:
-    """Add a graph input that may be left out: an initializer of the same name is its empty default.
+    """Add a graph input that may be left out: an initializer of the same name is its default, empty or zero.
 
+    Of `sizes`, None is the rank.
     Every site has a name of its own for its rank: ONNX Runtime reuses buffers between tensors whose shapes
     have the same names, and adapters may have another rank at every site.
     """
-    rank = f"rank_of_{name.rsplit('.', 2)[0]}"
+    any_rank = f"rank_of_{name.rsplit('.', 2)[0]}"
+    default = np.zeros([size or rank for size in sizes], dtype.numpy())
     value = ir.Value(
         name=name,
-        shape=ir.Shape([size or rank for size in shape]),
+        shape=ir.Shape([size or any_rank for size in sizes]),
         type=ir.TensorType(dtype),
-        const_value=ir.tensor(np.zeros(shape, dtype.numpy()), name=name),
+        const_value=ir.tensor(default, name=name),
     )
     graph.inputs.append(value)
     graph.register_initializer(value)

@@ -14,7 +14,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from stages.graph.packed_embedding import append
 from stages.weights.families import rope_settings
 
-COS, SIN = 7, 8  # inputs of GroupQueryAttention
+COS = {
+    "GroupQueryAttention": 7,
+    "RotaryEmbedding": 2,
+}  # the input of an operator; the sines are the next
 Table = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [positions, half of what is rotated]
 
 
@@ -24,17 +27,17 @@ def rotate_as_pytorch(attention: list[ir.Node], config: PretrainedConfig, path: 
         return
     tables = rotations(config)
     written: dict[tuple[str, str], ir.Value] = {}
-    for node, kind in zip(attention, kinds(config), strict=True):
+    layers = zip(attention, kinds(config), strict=True)
+    for node, kind in ((node, kind) for layer, kind in layers for node in rotating(layer)):
         if kind is None:
-            node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
-        for index in (COS, SIN):
+            do_not_rotate(node)
+            continue
+        for part in (0, 1):
+            index = COS[node.op_type] + part
             value = node.inputs[index]
-            if kind is None:
-                node.replace_input_with(index, None)
-                continue
             place = value.name, kind
             if place not in written:
-                table = tables[kind][index - COS]
+                table = tables[kind][part]
                 # the builder may have made one table for layers that PyTorch rotates by two
                 if any(name == value.name for name, _ in written):
                     value = beside(value, f"{value.name}_{kind}", path)
@@ -42,6 +45,25 @@ def rotate_as_pytorch(attention: list[ir.Node], config: PretrainedConfig, path: 
                 overwrite(value, table, path)
                 written[place] = value
             node.replace_input_with(index, written[place])
+
+
+def rotating(attention: ir.Node) -> list[ir.Node]:
+    """Return the nodes that rotate a layer's queries and keys: the attention itself, or two before it."""
+    if len(attention.inputs) > COS[attention.op_type] and attention.inputs[COS[attention.op_type]]:
+        return [attention]
+    before = [value.producer() for value in attention.inputs[:2] if value is not None]
+    return [node for node in before if node is not None and node.op_type == "RotaryEmbedding"]
+
+
+def do_not_rotate(node: ir.Node) -> None:
+    """Let a node hand on what it would rotate."""
+    if node.op_type == "RotaryEmbedding":
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        node.graph.remove(node, safe=True)
+        return
+    node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+    for index in (COS[node.op_type], COS[node.op_type] + 1):
+        node.replace_input_with(index, None)
 
 
 def kinds(config: PretrainedConfig) -> list[str | None]:
