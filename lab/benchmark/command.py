@@ -40,7 +40,7 @@ def benchmark(
     ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep all figures.")] = None,
 ) -> None:
-    """Ask the model tasks of lm-evaluation-harness: in float, in 4 bits, with the adapter."""
+    """Ask the model tasks of lm-evaluation-harness. In float, in 4 bits, and with the adapter."""
     from stages.core.settings import load_current
 
     settings = load_current()
