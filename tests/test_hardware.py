@@ -73,10 +73,10 @@ def test_the_doctor_gives_the_reason_too(broken_gpu, monkeypatch):
     smi = subprocess.CompletedProcess([], 0, stdout="NVIDIA H100, 550.54, 81559 MiB\n", stderr="")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: smi)
-    with pytest.raises(UserError, match="torch cannot use NVIDIA H100, .*nvidia-fabricmanager"):
+    with pytest.raises(UserError, match=r"torch cannot use NVIDIA H100, .*nvidia-fabricmanager"):
         doctor.gpu()
     monkeypatch.setattr(torch.version, "cuda", None)  # the CPU's packages
-    with pytest.raises(UserError, match="MiB: rm -rf .venv, make setup EXTRA=cuda"):
+    with pytest.raises(UserError, match=r"MiB: rm -rf .venv, make setup EXTRA=cuda"):
         doctor.gpu()
 
 
