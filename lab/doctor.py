@@ -6,6 +6,7 @@ lab doctor             # exit 1 when something that `lab run` needs is wrong
 from __future__ import annotations
 
 import email.utils
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -68,7 +69,20 @@ def versions() -> str:
     missing = [name for name in PACKAGES if not installed(name)]
     if missing:
         raise UserError(f"not installed: {', '.join(missing)}; run make setup")
-    return ", ".join([f"Python {platform.python_version()}", *found])
+    return ", ".join([f"Python {platform.python_version()}", *found]) + compiled_anew()
+
+
+def compiled_anew() -> str:
+    """Say that every stage compiles its packages again, as in many images, which take 10 seconds of each."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None or not sys.dont_write_bytecode:
+        return ""
+    if Path(importlib.util.cache_from_source(torch.origin)).exists():
+        return ""
+    return (
+        "; PYTHONDONTWRITEBYTECODE is set and they lie here without .pyc, so every stage compiles them "
+        f"anew, some 10 s: unset it, or python -m compileall -q {Path(torch.origin).parents[1]}"
+    )
 
 
 def installed(package: str) -> str | None:
@@ -105,10 +119,11 @@ def gpu() -> str:
         raise UserError(f"nvidia-smi fails: {first_line(done)}; check the NVIDIA driver")
     import torch
 
+    from stages.weights.hardware import why_not
+
     if not torch.cuda.is_available():
-        raise UserError(
-            f"torch cannot use {done.stdout.strip()}: rm -rf .venv, make setup EXTRA=cuda"
-        )
+        reason = why_not() if torch.version.cuda else "rm -rf .venv, make setup EXTRA=cuda"
+        raise UserError(f"torch cannot use {done.stdout.strip()}: {reason}")
     used = choice(visible_gpus())
     remark = f"; finetune uses all that are free, other stages {used}" if used else ""
     return "; ".join(done.stdout.strip().splitlines()) + remark

@@ -1,8 +1,12 @@
 """Where a stage computes: a GPU that is there and cannot be used is never quietly replaced by the CPU."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from lab import doctor
 from stages.core import gpu_locks
 from stages.core.errors import UserError
 from stages.weights import hardware
@@ -62,3 +66,24 @@ def test_who_hides_the_gpu_computes_on_the_cpu(broken_gpu, visible):
 def test_the_cpu_packages_compute_on_the_cpu_whatever_is_there(broken_gpu):
     broken_gpu("Torch not compiled with CUDA enabled", build=None)
     assert hardware.device() == "cpu"
+
+
+def test_the_doctor_gives_the_reason_too(broken_gpu, monkeypatch):
+    broken_gpu(COUNT + "802: system not yet initialized")
+    smi = subprocess.CompletedProcess([], 0, stdout="NVIDIA H100, 550.54, 81559 MiB\n", stderr="")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: smi)
+    with pytest.raises(UserError, match=r"torch cannot use NVIDIA H100, .*nvidia-fabricmanager"):
+        doctor.gpu()
+    monkeypatch.setattr(torch.version, "cuda", None)  # the CPU's packages
+    with pytest.raises(UserError, match=r"MiB: rm -rf .venv, make setup EXTRA=cuda"):
+        doctor.gpu()
+
+
+def test_the_doctor_says_that_packages_are_compiled_at_every_start(monkeypatch, tmp_path):
+    # many images set PYTHONDONTWRITEBYTECODE: 10 s of every stage on an H200
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    assert "PYTHONDONTWRITEBYTECODE is set" in doctor.compiled_anew()
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert doctor.compiled_anew() == ""
