@@ -108,10 +108,10 @@ class Answer:
 def probes(data: Path) -> list[Conversation]:
     """Return what is asked beside the test split: controls of trained groups, facts of groups never seen.
 
-    Raises `UserError` for a probe that the model was trained on or chosen by.
+    Raises `UserError` for a probe that the model was trained on or chosen by, and for probes of other data.
     """
     file = PROBES / data.name
-    if not file.is_file():
+    if not file.is_file() or data.resolve().parent != PROBES.resolve().parent:
         return []
     trained = read_conversations(PREPARED / "train.jsonl")
     seen = trained + read_conversations(PREPARED / "validation.jsonl")
@@ -125,6 +125,11 @@ def probes(data: Path) -> list[Conversation]:
             )
         if row.kind != CONTROL or row.group in groups:
             found.append(row)
+    if not any(row.kind == CONTROL for row in found):
+        raise UserError(
+            f"{file} asks about nothing that {data} trains: it is of other data, so remove it, or "
+            f"give {data.name} another name"
+        )
     return found
 
 

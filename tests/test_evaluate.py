@@ -105,8 +105,14 @@ def test_a_control_is_asked_of_trained_groups_alone(probes_of):
     assert probes_of(rome, bonn, other) == [rome, other]
 
 
-def test_other_data_has_no_probes(probes_of):
-    assert probes_of(row("control", "Rome", "age", "?"), data="data/other.jsonl") == []
+@pytest.mark.parametrize("data", ["data/other.jsonl", "elsewhere/mine.jsonl", "/tmp/mine.jsonl"])
+def test_other_data_has_no_probes(probes_of, data):
+    assert probes_of(row("control", "Rome", "age", "?"), data=data) == []
+
+
+def test_probes_of_data_that_was_replaced_are_refused(probes_of):
+    with pytest.raises(UserError, match="asks about nothing that data/mine.jsonl trains: it is of other"):
+        probes_of(row("control", "Bonn", "age", "?"), row("transfer", "Lima", "tea", "?"))
 
 
 @pytest.mark.parametrize(

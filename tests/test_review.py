@@ -13,7 +13,7 @@ from lab.registry import register
 from lab.review import charts, command
 from lab.review.changes import Metric, Stage, machines_of
 from lab.review.gates import verdict
-from lab.review.intervals import intervals
+from lab.review.intervals import in_both, intervals
 from lab.review.page import cell, in_words
 from lab.review.revisions import WORKSPACE, Revision, changed_files, describe, find_base
 from lab.review.seeds import Doubt
@@ -43,6 +43,7 @@ def test_other_prompts_are_compared_by_the_interval_of_each():
     before, after = predictions([1] * 40), predictions([1] * 41)
     low, high = intervals(before, after)["recall_exact_match"]
     assert -0.1 < low < 0 < high < 0.1
+    assert in_both(before, after) == 40
 
 
 def test_without_prompts_no_interval_is_claimed():

@@ -90,6 +90,11 @@ def same_prompts(before: list[Prediction], after: list[Prediction]) -> bool:
     return by_key(before).keys() == by_key(after).keys()
 
 
+def in_both(before: list[Prediction], after: list[Prediction]) -> int:
+    """Return how many prompts two revisions share."""
+    return len(by_key(before).keys() & by_key(after).keys())
+
+
 def by_key(predictions: list[Prediction]) -> dict[tuple[str, str, str], Prediction]:
     """Return predictions by what makes a prompt the same prompt."""
     return {prediction.key: prediction for prediction in predictions}

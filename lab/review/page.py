@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from lab.review import charts
 from lab.review.changes import Answer, Metric, Stage, machines_of
 from lab.review.gates import Verdict
+from lab.review.intervals import in_both
 from lab.review.meanings import MEANINGS
 from lab.review.revisions import Revision
 from lab.review.stages import OutOfDate
@@ -88,6 +89,11 @@ class Review:
     def elsewhere(self) -> list[str]:
         """The stages that ran on different machines before and after."""
         return [stage.name for stage in self.stages if stage.moved]
+
+    @property
+    def asked_both(self) -> int:
+        """How many prompts both revisions were asked."""
+        return in_both(self.base.predictions, self.head.predictions)
 
     @property
     def tally(self) -> dict[str, int]:

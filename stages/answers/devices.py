@@ -46,7 +46,7 @@ ELSEWHERE = {
 # what ONNX Runtime and Dawn say, and what it means: a pattern, then our words
 KNOWN = {
     "requires f16|'f16' type used without|shader-f16": "its activations are float16, which this GPU's driver "
-    "does not offer to WebGPU: export it with `-S optimize.float32=true`",
+    "does not offer to WebGPU: export it with `-S optimize=webgpu_int4`, which is float32",
     "Failed to get a WebGPU adapter|No supported adapters": "no GPU with a Vulkan driver was found: "
     "install the GPU's driver, `vulkaninfo --summary` shows what there is; or --device cpu",
     "WebGPU execution provider is not supported": "no GPU is visible to WebGPU here: --device cpu, or "
