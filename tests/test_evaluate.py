@@ -111,7 +111,9 @@ def test_other_data_has_no_probes(probes_of, data):
 
 
 def test_probes_of_data_that_was_replaced_are_refused(probes_of):
-    with pytest.raises(UserError, match=r"asks about nothing that data/mine.jsonl trains: it is of other"):
+    with pytest.raises(
+        UserError, match=r"asks about nothing that data/mine.jsonl trains: it is of other"
+    ):
         probes_of(row("control", "Bonn", "age", "?"), row("transfer", "Lima", "tea", "?"))
 
 
