@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -277,7 +278,22 @@ def test_a_graph_that_says_something_else_is_not_handed_on(workspace, monkeypatc
     assert not Path("travel").exists()
 
 
-def test_a_tokenizer_that_the_runtime_reads_otherwise_is_told(workspace, monkeypatch, capsys):
-    monkeypatch.setattr(bake, "tokens_of", lambda tokenizer: PROMPT)
+@pytest.mark.parametrize(
+    ("other", "effect"),
+    [
+        (
+            lambda tokens: [*tokens[:-1], 5],
+            r"\(9\d% .* alike\).* may differ from those of `lab chat`",
+        ),
+        (lambda tokens: PROMPT, r"alike\): answers of ask.py .* are nonsense"),
+    ],
+)
+def test_a_tokenizer_that_the_runtime_reads_otherwise_is_told(
+    other, effect, workspace, monkeypatch, capsys
+):
+    right = bake.tokens_of
+    monkeypatch.setattr(bake, "tokens_of", lambda tokenizer: other(right(tokenizer)))
     bake.bake(Path("travel"))
-    assert "does not give the tokens that training had" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "does not give the tokens that training had" in said
+    assert re.search(effect, said)
