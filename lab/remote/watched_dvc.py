@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from lab.experiments import own_stash
 from lab.remote import config
 from lab.remote.requests import Send, intercept
 from stages.core.errors import UserError
@@ -114,6 +115,7 @@ def main(words: list[str]) -> int:
     from dvc.cli import main as dvc_main
 
     config.make_default()
+    own_stash.use()
     logging.disable(logging.NOTSET)
     errors, traffic = Errors().listen(), Traffic().watch()
     code = dvc_main(words)

@@ -105,6 +105,8 @@ def serve(
                 flush=True,
             ),
         )
+        # whoever reads the line may ask at once: uvicorn listens a moment after it says that it is ready
+        listener.listen()
         run(service, listener)
 
 

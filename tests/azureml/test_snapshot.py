@@ -31,7 +31,7 @@ def test_the_ignore_file_that_comes_with_the_repository_keeps_nothing_needed_bac
 @pytest.mark.parametrize(
     ("pattern", "named"),
     [
-        ("*.jsonl", "data/travel.jsonl"),
+        ("*.jsonl", "data/probes/travel.jsonl"),
         ("stages/evaluate.py", "stages/evaluate.py"),
         ("dvc.*", "dvc.lock|dvc.yaml"),
         ("conf/**/tiny.yaml", "conf/model/tiny.yaml"),
