@@ -16,6 +16,7 @@ from support.project import ROOT
 
 FULL = "the disk is full: free some space"
 MEMORY = "out of memory: close other programs"
+GPU_MEMORY = "the GPU is out of memory: close what else uses it (nvidia-smi), or turn down"
 SHARED = "another process has the GPU for itself"
 OLD = "this GPU is older than what PyTorch or ONNX Runtime was built for"
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't allocate memory"
@@ -32,7 +33,11 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't al
         (OSError(errno.ENOMEM, "Cannot allocate memory"), MEMORY),
         (RuntimeError(ALLOCATOR), MEMORY),
         (RuntimeError("Failed to allocate memory for requested buffer of size 8"), MEMORY),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), GPU_MEMORY),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            GPU_MEMORY,
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "models"), "models: Permission denied"),
         (KeyboardInterrupt(), "interrupted"),
         # clusters let one process have a GPU (pytorch-image-models#1033, ms-swift#5118)
