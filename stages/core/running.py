@@ -38,7 +38,7 @@ RAN_OUT = {
     "No space left on device|os error 28|PytorchStreamWriter failed|[Dd]isk quota exceeded": (
         "the disk is full: free some space, then run `dvc repro` again"
     ),
-    "CUDA out of memory|CUDA failure 2|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation": (
+    "CUDA out of memory|CUDA failure 2:|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation": (
         "the GPU is out of memory: close what else uses it (nvidia-smi), or turn down what docs/gpu.md names "
         "for this stage, such as -S experiment=packed or finetune.batch_size"
     ),
