@@ -71,7 +71,9 @@ def test_loglikelihoods_are_those_of_the_harness_own_model(both):
         for choice in question["choices"]
     ]
     asked = requests("loglikelihood", *pairs, ("", "the market"), ("far " * 400, "away and back"))
+    before = both[0].shortened
     ours, theirs = (model.loglikelihood(asked) for model in both)
+    assert both[0].shortened - before == 1  # which lab benchmark says
     np.testing.assert_allclose([p for p, _ in ours], [p for p, _ in theirs], atol=2e-3)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert len({round(p, 3) for p, _ in ours}) > 10

@@ -84,4 +84,8 @@ def table(found: dict[str, Any]) -> list[str]:
                 if change in values
             )
             lines.append(LINE.format(task, metric, of_task["n"], *cells, changes).rstrip())
+    if count := found["shortened_contexts"]:
+        lines.append(
+            f"{count} contexts were longer than what is read at once, and lost their beginning"
+        )
     return [*lines, REST]

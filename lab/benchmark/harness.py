@@ -33,11 +33,15 @@ def run(options: Benchmark, paths: Mapping[str, Path], online: bool = False) -> 
     """
     manager = TaskManager(include_path=options.folder, include_defaults=online)
     check_tasks(options, manager, online)
-    results = {name: ask(model, options, manager) for name, model in models(paths)}
+    results, shortened = {}, 0
+    for name, model in models(paths):
+        results[name] = ask(model, options, manager)
+        shortened = max(shortened, getattr(model, "shortened", 0))
     return {
         "lm_eval": lm_eval.__version__,
         "limit": options.limit,
         "chat_template": options.chat_template,
+        "shortened_contexts": shortened,
         "tasks": {task: compare(task, results) for task in results["float"]["results"]},
     }
 

@@ -44,6 +44,9 @@ class OnnxLM(TemplateLM):
         self.model = OnnxModel(folder, {ADAPTER: adapter} if adapter else None)
         self.tokenizer = load_tokenizer(folder)
         self.max_length = longest(folder)
+        self.shortened = (
+            0  # contexts that were longer than what is read at once, and lost their beginning
+        )
         self._adapter = ADAPTER if adapter else None
         self._folder = folder
 
@@ -108,7 +111,12 @@ class OnnxLM(TemplateLM):
                 f"a continuation of {len(more)} tokens is longer than the {self.max_length} "
                 "that are read at once: leave the task out"
             )
-        return context[-(self.max_length + 1 - len(more)) :]
+        return self._last(context, self.max_length + 1 - len(more))
+
+    def _last(self, context: list[int], count: int) -> list[int]:
+        """Return the last tokens of a context, and count it if that is not all of it."""
+        self.shortened += len(context) > count
+        return context[-count:]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -142,7 +150,7 @@ class OnnxLM(TemplateLM):
         if options.get("do_sample"):
             raise UserError("a task asks for sampling (do_sample): the ONNX model answers greedily")
         count, stops = options["max_gen_toks"], options["until"]
-        prompt = self.tok_encode(context)[-(self.max_length - count) :]
+        prompt = self._last(self.tok_encode(context), self.max_length - count)
         text = ""
         for text in self._texts(prompt, count):
             if any(stop in text for stop in stops):
