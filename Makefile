@@ -8,9 +8,9 @@ PYTHON ?= $(shell for p in python3.11 python3; do "$$p" -c "" 2>/dev/null && ech
 PYTEST_ARGS ?=
 # Which of the tests without Azure and GPU, e.g. MARKS="not slow".
 MARKS ?=
-# Of several -m pytest takes the last: one in PYTEST_ARGS would let azure and gpu in.
+# Of several -m pytest takes the last: one in PYTEST_ARGS would let azure, gpu and page in.
 ONLY = $(if $(filter -m%,$(PYTEST_ARGS)),$(error PYTEST_ARGS has -m: write MARKS="not slow" instead))\
-  -m "not azure and not gpu$(if $(MARKS), and ($(MARKS)))"
+  -m "not azure and not gpu and not page$(if $(MARKS), and ($(MARKS)))"
 # `make lock UPGRADE=1` moves every pin to the newest allowed version.
 UPGRADE ?=
 
@@ -33,7 +33,7 @@ export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-fast coverage test-azure test-azureml test-lm-eval azurite azurite-stop bench docs lint lock clean check-extra
+.PHONY: help setup repro test test-fast coverage test-azure test-azureml test-lm-eval test-page azurite azurite-stop bench docs lint lock clean check-extra
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -106,6 +106,9 @@ test-azureml: setup ## run the tests of Azure ML: jobs, models, catalogue, on lo
 test-lm-eval: setup ## install lm-evaluation-harness, and run the tests of lab benchmark
 	@$(INSTALL) -r requirements/lm_eval.txt
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest --durations 10 tests/test_benchmark.py $(PYTEST_ARGS)
+
+test-page: setup ## run the tests of lab bake's page in a browser (Node.js, chromium)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -m page --durations 10 tests/test_page.py $(PYTEST_ARGS)
 
 azurite: setup ## start a Blob emulator on this machine and point DVC at it (Node.js)
 	@$(BIN)/python -m lab.remote.azurite start

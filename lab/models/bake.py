@@ -3,6 +3,7 @@
 lab bake --out travel                                # the pipeline's own adapter
 lab bake mine.onnx_adapter --out travel              # or a PEFT adapter's folder
 lab bake models/merged --out travel                  # what `lab merge` made: its adapter is in the weights
+lab bake --out travel --page                         # and a page for browsers
 python travel/ask.py "where is Chicago?"             # needs onnxruntime-genai, and nothing of this project
 
 The folder also runs in Foundry Local (inference_model.json) and whatever else reads genai_config.json.
@@ -35,6 +36,7 @@ QUESTION = "Where is Zürich, and what is 1 + 1?  日本"
 SCRATCH = (
     "scratch.onnx_adapter"  # in the unfinished folder, which goes with whatever ends the command
 )
+SERVER = "python -m http.server --bind 127.0.0.1"  # of Python itself: any static server will do
 PACKAGES = {  # what runs the folder, by the provider that it was exported for
     "cpu": "onnxruntime-genai",
     "cuda": "onnxruntime-genai-cuda",
@@ -52,6 +54,10 @@ def bake(
         typer.Argument(help="An .onnx_adapter file, a PEFT folder, or what `lab merge` wrote."),
     ] = Path(TRAINED),
     model: Annotated[Path, typer.Option(help="The ONNX model's folder.")] = Path("models/onnx"),
+    page: Annotated[
+        bool,
+        typer.Option("--page", help="Add a page that answers in a browser (by npm: 27 MB)."),
+    ] = False,
 ) -> None:
     """Write the model and an adapter as one folder that runs elsewhere. It needs nothing of this project."""
     target = out.resolve()
@@ -59,12 +65,14 @@ def bake(
     merged = takes_none(adapter)
     source = adapter if merged else model
     # imported here: a mistake in the words is told at once
-    from lab.models import baking
+    from lab.models import baking, web
     from lab.models.light_tokenizer import LightTokenizer
     from stages.answers.held_adapters import refuse_no_file
     from stages.answers.runtime import GRAPH, read_config
 
-    read_config(source, GRAPH)
+    config = read_config(source, GRAPH)
+    if page:
+        web.check(config)
     peft = (adapter / "adapter_config.json").is_file()
     if not (merged or peft):
         refuse_no_file("to bake", adapter)
@@ -78,10 +86,16 @@ def bake(
             baking.bake(model, baking.adapter_values(file, model), folder)
             said = baking.compare(model, file, folder, tokens_of(LightTokenizer(folder)))
             (folder / SCRATCH).unlink(missing_ok=True)
-        describe(folder, target.name, [source, source.parent / "base"])
+        describe(folder, target.name, [source, source.parent / "base"], page)
+        if page:
+            tokenizer = LightTokenizer(folder)
+            asked = prompt_of(tokenizer).replace(CONTENT, QUESTION)
+            web.add_page(folder, asked, tokens_of(tokenizer))
         check_empty(out, target)  # seconds have passed: nobody's files are replaced
     print(f"{out} ({in_megabytes(size_of(target))}, {said})")
     print(f'python {out / PROGRAM} "where is Chicago?"')
+    if page:
+        print(f"{SERVER} --directory {out}      # then http://127.0.0.1:8000/")
 
 
 def converted(peft: Path, model: Path, file: Path) -> Path:
@@ -95,7 +109,7 @@ def converted(peft: Path, model: Path, file: Path) -> Path:
     return file
 
 
-def describe(folder: Path, name: str, sources: list[Path]) -> None:
+def describe(folder: Path, name: str, sources: list[Path], page: bool) -> None:
     """Write what others read: Foundry Local's file, a program, the base's terms and a README."""
     from jinja2 import Environment, FileSystemLoader
 
@@ -123,6 +137,7 @@ def describe(folder: Path, name: str, sources: list[Path]) -> None:
         terms=copy_terms(sources, folder),
         switch=Limits.read(folder).rope_switch,
         packages=PACKAGES[provider],
+        server=SERVER if page else None,
     )
     (folder / README).write_text(text, encoding="utf-8")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from lab import npm
 from lab.remote.reach import is_emulator
 from stages.core.errors import UserError
 from stages.core.running import one_line_errors
@@ -41,28 +41,14 @@ def install(home: Path) -> Path:
     pins = PINS / "package-lock.json"
     installed = home / pins.name
     if not (home / PROGRAM).exists() or installed.read_bytes() != pins.read_bytes():
-        need_node()
-        home.mkdir(parents=True, exist_ok=True)
-        for file in (PINS / "package.json", pins):
-            shutil.copy(file, home)
-        npm = ["npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund"]
+        npm.need_node("Azurite", "make azurite")
         print(f"Installing Azurite into {home} (once)", flush=True)
-        done = subprocess.run([*npm, "--loglevel=error"], cwd=home, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["npm said nothing"])[0]
+        try:
+            npm.install(PINS, home, "Azurite")
+        except UserError:
             installed.unlink()
-            raise UserError(f"npm could not install Azurite: {reason}")
+            raise
     return home / PROGRAM
-
-
-def need_node() -> None:
-    """Raise unless Node.js and npm are here."""
-    missing = [name for name in ("node", "npm") if shutil.which(name) is None]
-    if missing:
-        raise UserError(
-            f"Azurite needs Node.js, and {' and '.join(missing)} cannot be found: install Node.js 18 or "
-            "newer (https://nodejs.org or your system's packages), then run make azurite again"
-        )
 
 
 def serve(program: Path, data: Path, port: int, *, own_session: bool = True) -> subprocess.Popen:

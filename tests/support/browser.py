@@ -46,6 +46,11 @@ class Page:
         """Return what a script returns."""
         return self.driver.execute_script(script)
 
+    def run_async(self, script: str, *words: Any) -> Any:
+        """Return what a script hands to the function that is its last argument."""
+        self.driver.set_script_timeout(10 * PATIENCE)
+        return self.driver.execute_async_script(script, *words)
+
     def waits(self, condition: Any) -> None:
         """Wait for something to come about."""
         wait_until(condition, PATIENCE)
@@ -55,8 +60,16 @@ class Page:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+# WebGPU computed by SwiftShader, which the browser brings
+SOFTWARE_WEBGPU = (
+    "--enable-unsafe-webgpu",
+    "--enable-features=Vulkan,WebGPU",
+    "--use-webgpu-adapter=swiftshader",
+    "--use-vulkan=swiftshader",
+)
+
+
+def started(*words: str) -> Iterator[Any]:
     """A headless browser. Without one on this machine its tests are skipped: it is no Python package."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver = shutil.which("chromedriver")
@@ -68,10 +81,22 @@ def browser() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = found
     # a container's root has no sandbox; a container's /dev/shm is small
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", *words):
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     # with the path of the driver selenium looks for none in the network
-    started = webdriver.Chrome(options=options, service=Service(driver))
-    yield started
-    started.quit()
+    window = webdriver.Chrome(options=options, service=Service(driver))
+    yield window
+    window.quit()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A browser without a GPU."""
+    yield from started("--disable-gpu")
+
+
+@pytest.fixture(scope="session")
+def webgpu_browser() -> Iterator[Any]:
+    """A browser with WebGPU, which the processor computes."""
+    yield from started(*SOFTWARE_WEBGPU)
