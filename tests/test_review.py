@@ -321,6 +321,13 @@ def test_a_shallow_clone_is_told_how_to_get_what_to_compare_with(changed, tmp_pa
     assert "evaluate.max_new_tokens" in shallow.python("lab.cli", "review")
 
 
+def test_the_pipelines_metrics_fit_in_the_tags_that_azure_ml_takes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    metrics = register.measured(Revision(WORKSPACE))
+    others = 4  # content, commit, dvc.lock, what it was registered despite
+    assert 10 < len(metrics) <= 50 - others - len(register.SECTIONS)
+
+
 def test_what_a_version_is_registered_with_are_figures_of_quality_and_size(repository):
     (repository.root / "metrics").mkdir()
     (repository.root / "metrics/quality.json").write_text('{"chrf": 85.1}')

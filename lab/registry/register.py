@@ -101,7 +101,15 @@ def describe(content: str, problems: list[str]) -> dict[str, str]:
 
 
 def measured(head: Revision) -> dict[str, float]:
-    """Return the metrics of quality and size; speed is the machine's as much as the model's."""
+    """Return the version's own metrics of quality and size.
+
+    Speed is the machine's as much as the model's, and what ends in _base is of no version: Azure ML takes 50
+    tags at most.
+    """
     files = (f"metrics/{name}.json" for name in ("quality", "size"))
     found = {key: value for file in files for key, value in head.parse(file, json.loads).items()}
-    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+    return {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, (int, float)) and not key.endswith("_base")
+    }
